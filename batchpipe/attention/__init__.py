@@ -1,0 +1,1 @@
+"""Attention over paged KV: one protocol (`base`), several backends, chosen by `choose`."""

@@ -1,0 +1,114 @@
+"""What attention needs to know of a step, and what an attention backend promises.
+
+Shapes: N sequences, T new tokens, B blocks of the widest block table, D head_dim, Hq query and Hkv KV heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from batchpipe.kv.pool import KvPool
+from batchpipe.types import Int32Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionInputs:
+    """One step's sequences, packed one behind the other without padding; the same for every layer of a stage.
+
+    Sequence i's new tokens are rows `query_starts[i]` to `query_starts[i + 1]` of the packed tensors. They
+    stand behind `context_lengths[i]` tokens whose KV is already in the blocks of `block_tables[i]`, where
+    theirs goes too. Unused places of a block table may hold any block's number. Indices are int32, on the CPU.
+    """
+
+    query_lengths: Tensor  # [N], each at least 1
+    context_lengths: Tensor  # [N]
+    query_starts: Tensor  # [N + 1]
+    block_tables: Tensor  # [N, B]
+    max_query_tokens: int
+    max_total_tokens: int  # of context and new tokens together
+    pool: KvPool
+    backend: AttentionBackend
+    first_layer: int  # the stage's first layer in the whole model: the pool's layer is layer_idx - first_layer
+
+    @classmethod
+    def build(
+        cls,
+        query_lengths: Int32Array,
+        context_lengths: Int32Array,
+        block_tables: Int32Array,
+        *,
+        pool: KvPool,
+        backend: AttentionBackend,
+        first_layer: int = 0,
+    ) -> AttentionInputs:
+        queries = torch.tensor(query_lengths, dtype=torch.int32)
+        contexts = torch.tensor(context_lengths, dtype=torch.int32)
+        tables = torch.tensor(block_tables, dtype=torch.int32)
+        assert len(queries) == len(contexts) == len(tables) > 0 and int(queries.min()) > 0
+        totals = queries + contexts
+        assert int(totals.max()) <= tables.shape[1] * pool.block_tokens, "a block table is too short"
+        starts = torch.zeros(len(queries) + 1, dtype=torch.int32)
+        starts[1:] = queries.cumsum(0)
+        return cls(
+            query_lengths=queries,
+            context_lengths=contexts,
+            query_starts=starts,
+            block_tables=tables,
+            max_query_tokens=int(queries.max()),
+            max_total_tokens=int(totals.max()),
+            pool=pool,
+            backend=backend,
+            first_layer=first_layer,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_starts[-1])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T] int64: where each new token stands in its sequence."""
+        lengths = self.query_lengths.long()
+        row_offsets = (self.context_lengths - self.query_starts[:-1]).long()
+        return torch.arange(self.num_tokens) + row_offsets.repeat_interleave(lengths)
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """([T], [T]) int64 on the pool's device: the block of each new token's KV, and its row in there."""
+        sequences = torch.arange(len(self.query_lengths)).repeat_interleave(self.query_lengths.long())
+        blocks = self.block_tables[sequences, self.positions // self.pool.block_tokens].long()
+        return blocks.to(self.pool.device), (self.positions % self.pool.block_tokens).to(self.pool.device)
+
+
+class AttentionBackend(Protocol):
+    """Causal attention over paged KV, fastest with blocks of `default_block_tokens`."""
+
+    name: str
+    default_block_tokens: int
+
+    def forward(
+        self,
+        inputs: AttentionInputs,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Writes the new tokens' KV to the pool, then lets each attend to its sequence up to itself.
+
+        query [T, Hq, D], key and value [T, Hkv, D], any strides with contiguous D; returns [T, Hq, D],
+        contiguous, in query's dtype. `layer` counts from the stage's first. Scores are `scale * q.k`, then with a
+        softcap `softcap * tanh(score / softcap)`; with a window a token sees itself and the `sliding_window - 1`
+        before it; `sinks` [Hq] are scores of one more key that has no value.
+        """
+        ...

@@ -1,0 +1,132 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` stays quick.
+
+Data and one closing JSON line go to stdout; messages and logs go to stderr. Nothing is coloured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import batchpipe
+from batchpipe.errors import BatchpipeError, InterruptedRunError, StoppedRunError
+
+if TYPE_CHECKING:
+    from batchpipe.job import Job
+
+_SOME_ROWS_FAILED = 3
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+class _ExitCodes(click.Group):
+    """Ends with the exit code of a BatchpipeError, its message on stderr; any other exception is a crash of ours."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BatchpipeError as error:
+            click.echo(f"batchpipe: {error}", err=True)
+            if isinstance(error, StoppedRunError) and error.summary is not None:
+                click.echo(_json(error.summary))
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            # A run turns the signal into InterruptedRunError itself; here nothing was begun that could be lost.
+            click.echo("batchpipe: interrupted; the same command starts or continues the job", err=True)
+            ctx.exit(InterruptedRunError.exit_code)
+
+
+def _job_command(command: Any) -> Any:
+    """Gives a command the JOB argument and the --set option."""
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a key, as in sampling.seed=1; repeatable.",
+    )(command)
+    return click.argument("job_path", metavar="JOB", type=click.Path(path_type=Path))(command)
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """One line; times as ISO 8601."""
+    return json.dumps(data, default=datetime.isoformat)
+
+
+def _load(job_path: Path, overrides: tuple[str, ...]) -> Job:
+    from batchpipe.job import load_job
+
+    return load_job(job_path, overrides)
+
+
+@click.group(cls=_ExitCodes, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(batchpipe.__version__, prog_name="batchpipe", message="%(prog)s %(version)s")
+def main() -> None:
+    """Run a language model over a table of prompts, offline, without losing a row."""
+    level = os.environ.get("BATCHPIPE_LOG_LEVEL", "WARNING").upper()
+    if level not in _LOG_LEVELS:
+        raise click.UsageError(f"BATCHPIPE_LOG_LEVEL: {level!r} is not one of {', '.join(_LOG_LEVELS)}")
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+@main.command()
+@_job_command
+@click.option("--fresh", is_flag=True, help="Move an old output folder aside and start anew.")
+@click.pass_context
+def run(context: click.Context, job_path: Path, overrides: tuple[str, ...], fresh: bool) -> None:
+    """Run JOB, or continue it where it stopped."""
+    result = batchpipe.run(_load(job_path, overrides), fresh=fresh)
+    click.echo(_json(result.summary))
+    context.exit(result.exit_code)
+
+
+@main.command()
+@_job_command
+@click.pass_context
+def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...]) -> None:
+    """Check JOB and every row of its input; no model is loaded."""
+    job = _load(job_path, overrides)
+    from batchpipe.validate import validate_job
+
+    report = validate_job(job)
+    for problem in report["problems"]:
+        click.echo(problem, err=True)
+    click.echo(_json(report))
+    context.exit(_SOME_ROWS_FAILED if report["failed"] else 0)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def status(folder: Path) -> None:
+    """Print how far the job with output folder DIR is."""
+    from batchpipe.status import status_of
+
+    click.echo(_json(status_of(folder)))
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of a job file."""
+    from batchpipe.job import job_schema
+
+    click.echo(json.dumps(job_schema(), indent=2))
+
+
+@main.command()
+@click.pass_context
+def doctor(context: click.Context) -> None:
+    """Tell what this machine offers, and what is missing."""
+    from batchpipe.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        click.echo(finding.line, err=True)
+    click.echo(_json({finding.name: finding.data for finding in findings}))
+    context.exit(int(any(finding.is_broken for finding in findings)))

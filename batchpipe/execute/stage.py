@@ -1,0 +1,136 @@
+"""One pipeline stage: its layers, its share of the KV pool, and on the last stage the sampler."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from batchpipe.attention.base import AttentionInputs
+from batchpipe.attention.choose import choose_backend
+from batchpipe.execute.memory import free_bytes
+from batchpipe.kv.pool import KvPool
+from batchpipe.model.fuse import fuse
+from batchpipe.model.load import load_stage
+from batchpipe.sample.sampler import SampledTokens, Sampler
+from batchpipe.types import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """Everything a stage must know before its first step; it reaches a worker process as MessagePack."""
+
+    index: int
+    num_stages: int
+    first_layer: int
+    end_layer: int
+    model_folder: str
+    trust_remote_code: bool
+    dtype: str
+    device: str
+    attention: str
+    block_tokens: int | None  # None: what the attention backend likes best
+    num_threads: int
+    cpus: tuple[int, ...]  # processors to stay on; empty: any
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocabulary_size: int
+    eos_token_ids: tuple[int, ...]
+    max_step_tokens: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+
+class Stage:
+    """Loads its layers when made; takes steps after `allocate`."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        self.spec = spec
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        torch.set_num_threads(spec.num_threads)
+        self._backend = choose_backend(spec.attention, torch.device(spec.device), self.dtype, spec.head_dim)
+        self._model = load_stage(
+            Path(spec.model_folder),
+            range(spec.first_layer, spec.end_layer),
+            is_first=spec.is_first,
+            is_last=spec.is_last,
+            dtype=self.dtype,
+            device=spec.device,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        if spec.device == "cpu" and self._backend.name == "cpu":
+            fuse(self._model, self.dtype)
+        self._sampler = Sampler(spec.vocabulary_size, spec.eos_token_ids) if spec.is_last else None
+        self._pool: KvPool | None = None
+
+    @property
+    def block_tokens(self) -> int:
+        return self.spec.block_tokens or self._backend.default_block_tokens
+
+    @property
+    def bytes_per_block(self) -> int:
+        num_layers = self.spec.end_layer - self.spec.first_layer
+        return num_layers * 2 * self.spec.num_kv_heads * self.block_tokens * self.spec.head_dim * self.dtype.itemsize
+
+    @property
+    def device_name(self) -> str:
+        if self.spec.device == "cpu":
+            return f"{platform.machine()} CPU, {self.spec.num_threads} threads"
+        return torch.cuda.get_device_name(self.spec.device)
+
+    @property
+    def free_bytes(self) -> int:
+        return free_bytes(self.spec.device)
+
+    def allocate(self, num_blocks: int) -> None:
+        self._pool = KvPool(
+            num_blocks,
+            self.spec.end_layer - self.spec.first_layer,
+            self.spec.num_kv_heads,
+            self.block_tokens,
+            self.spec.head_dim,
+            self.dtype,
+            self.spec.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, step: Step, hidden: Tensor | None) -> Tensor | SampledTokens:
+        """One step: hidden states [T, hidden_size] in (none on the first stage) and out (tokens on the last)."""
+        assert self._pool is not None, "a step before allocate()"
+        if len(step.copied_blocks):
+            self._pool.copy_blocks(step.copied_blocks[:, 0], step.copied_blocks[:, 1])
+        inputs = AttentionInputs.build(
+            step.query_lengths,
+            step.context_lengths,
+            step.block_tables,
+            pool=self._pool,
+            backend=self._backend,
+            first_layer=self.spec.first_layer,
+        )
+        device = self.spec.device
+        source = torch.from_numpy(step.token_ids).to(device) if hidden is None else hidden
+        positions = inputs.positions.to(device)
+        if self._sampler is None:
+            return self._model.forward(inputs, source, positions)
+        rows = (inputs.query_starts[1:] - 1)[torch.from_numpy(step.samples)].long().to(device)
+        logits = self._model.forward(inputs, source, positions, rows)
+        return self._sample(step, logits)
+
+    def _sample(self, step: Step, logits: Tensor) -> SampledTokens:
+        assert self._sampler is not None
+        for sequence_id in step.released:
+            self._sampler.release(sequence_id)
+        for start in step.started:
+            self._sampler.start(start)
+        drawn = [i for i, samples in zip(step.sequence_ids, step.samples, strict=True) if samples]
+        return self._sampler.sample(logits, drawn)

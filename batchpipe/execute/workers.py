@@ -1,0 +1,239 @@
+"""A process per stage: the controller sends every step to all stages and hears from all of them.
+
+            controller (no device context)
+   Step  │          │ Step        ▲ tokens of the oldest step, seconds of every stage
+         ▼          ▼             │
+      stage 0 ─▶ stage 1 ─▶ ... stage S-1
+
+Every stage runs its steps in the order they were sent. A stage that dies closes its socket, which wakes the controller;
+one that says nothing for `STEP_TIMEOUT_SECONDS` counts as lost. Either way all workers are ended and WorkerError names
+the stage; `restart` starts new ones.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+
+from batchpipe import errors
+from batchpipe.execute.channel import Payload, SharedMemoryChannel
+from batchpipe.execute.memory import StageMemory
+from batchpipe.execute.messages import Allocate, Closed, Loaded, StageReport, Wire, encode
+from batchpipe.execute.stage import StageSpec
+from batchpipe.execute.worker import NEIGHBOUR_LOST, LinkSpec, Transport, WorkerSpec
+from batchpipe.types import Capacity, Step, StepResult
+
+STEP_TIMEOUT_SECONDS = 600.0
+_SECONDS_TO_LEAVE = 2.0
+
+
+class WorkerPipeline:
+    """`capacity_of` turns what the loaded stages report into the capacity to offer.
+
+    transport: `shared_memory` between processes of one host, `nccl` between GPUs, `gloo` where neither can be had.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[StageSpec],
+        capacity_of: Callable[[Sequence[StageMemory]], Capacity],
+        transport: Transport = "shared_memory",
+    ) -> None:
+        assert len(specs) > 0
+        self._specs = specs
+        self._transport = transport
+        self.step_timeout_seconds = STEP_TIMEOUT_SECONDS
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._controls: list[Wire] = []
+        self._reports: list[deque[StageReport]] = []
+        self._in_flight: deque[int] = deque()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            memory = self._start()
+            self.capacity = capacity_of(memory)
+            self._allocate()
+        except BaseException:
+            self._stop()
+            raise
+
+    def __enter__(self) -> WorkerPipeline:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def submit(self, step: Step) -> None:
+        assert len(self._in_flight) < self.capacity.max_batches, "more steps in flight than the pipeline holds"
+        self._in_flight.append(step.step_id)
+        for index, control in enumerate(self._controls):
+            try:
+                control.send(step)
+            except Closed:
+                self._lost(index)
+
+    def collect(self) -> StepResult:
+        step_id = self._in_flight[0]
+        while not all(self._reports):
+            self._hear(self.step_timeout_seconds)
+        self._in_flight.popleft()
+        reports = [queue.popleft() for queue in self._reports]
+        last = reports[-1]
+        assert all(report.step_id == step_id for report in reports), "stages are out of step"
+        assert last.token_ids is not None and last.logprobs is not None
+        return StepResult(step_id, last.token_ids, last.logprobs, tuple(report.seconds for report in reports))
+
+    def restart(self) -> None:
+        self._stop()
+        self._start()
+        self._allocate()
+
+    # -- the workers' lives --------------------------------------------------------------------------------------
+
+    def _start(self) -> list[StageMemory]:
+        """Starts all workers side by side and waits until each has loaded its layers."""
+        self._in_flight.clear()
+        self.device_names: tuple[str, ...] = ()
+        self._reports = [deque() for _ in self._specs]
+        self._folder = tempfile.TemporaryDirectory(prefix="batchpipe-")
+        links = [self._make_link(sender) for sender in range(len(self._specs) - 1)]
+        for index, spec in enumerate(self._specs):
+            incoming = links[index - 1][1] if index > 0 else None
+            outgoing = links[index][0] if index < len(links) else None
+            self._spawn(spec, incoming, outgoing)
+        for fd in {fd for link in links for end in link for fd in end.inherited}:
+            os.close(fd)
+        return [self._await_loaded(index) for index in range(len(self._specs))]
+
+    def _make_link(self, sender: int) -> tuple[LinkSpec, LinkSpec]:
+        """The sending and the receiving end between stage `sender` and the next."""
+        if self._transport != "shared_memory":
+            return LinkSpec(peer=sender + 1), LinkSpec(peer=sender)
+        spec = self._specs[sender]
+        payload = Payload(spec.max_step_tokens, spec.hidden_size, getattr(torch, spec.dtype))
+        memory_fd = SharedMemoryChannel.make_memory(payload)
+        ends = socket.socketpair()
+        return (
+            LinkSpec(peer=sender + 1, memory_fd=memory_fd, bell_fd=ends[0].detach()),
+            LinkSpec(peer=sender, memory_fd=memory_fd, bell_fd=ends[1].detach()),
+        )
+
+    def _spawn(self, spec: StageSpec, incoming: LinkSpec | None, outgoing: LinkSpec | None) -> None:
+        assert self._folder is not None
+        ours, theirs = socket.socketpair()
+        worker = WorkerSpec(
+            stage=spec,
+            parent_pid=os.getpid(),
+            control_fd=theirs.fileno(),
+            transport=self._transport,
+            rendezvous=f"file://{self._folder.name}/rendezvous",
+            incoming=incoming,
+            outgoing=outgoing,
+        )
+        fds = [
+            theirs.fileno(),
+            *(incoming.inherited if incoming else ()),
+            *(outgoing.inherited if outgoing else ()),
+        ]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "batchpipe.execute.worker"],
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
+            pass_fds=fds,
+        )
+        theirs.close()
+        self._processes.append(process)
+        self._controls.append(Wire(ours))
+        assert process.stdin is not None
+        with process.stdin as stdin:
+            stdin.write(encode(worker))
+
+    def _await_loaded(self, index: int) -> StageMemory:
+        try:
+            loaded = self._controls[index].receive(Loaded)
+        except Closed:
+            self._lost(index)
+        if loaded.error is not None:
+            raise getattr(errors, loaded.error)(loaded.error_message)
+        self.device_names += (loaded.device_name,)
+        return StageMemory(loaded.free_bytes, loaded.bytes_per_block, loaded.block_tokens)
+
+    def _allocate(self) -> None:
+        for index, control in enumerate(self._controls):
+            try:
+                control.send(Allocate(self.capacity.num_blocks))
+            except Closed:
+                self._lost(index)
+
+    def _hear(self, timeout_seconds: float) -> None:
+        """Waits for a word of any worker and takes it in."""
+        readable, _, _ = select.select([control.socket for control in self._controls], [], [], timeout_seconds)
+        if not readable:
+            silent = min(index for index, queue in enumerate(self._reports) if not queue)
+            self._stop()
+            raise errors.WorkerError(f"stage {silent} of {len(self._specs)} said nothing for {timeout_seconds:.0f} s")
+        for index, control in enumerate(self._controls):
+            if control.socket in readable:
+                try:
+                    self._reports[index].append(control.receive(StageReport))
+                except Closed:
+                    self._lost(index)
+
+    def _lost(self, index: int) -> NoReturn:
+        """A worker's socket is closed. Names the one that fell first: its neighbours end with NEIGHBOUR_LOST."""
+        codes = [_exit_code(process) for process in self._processes]
+        first = next((i for i, code in enumerate(codes) if code not in (None, NEIGHBOUR_LOST)), index)
+        self._stop()
+        how = _describe(codes[first])
+        raise errors.WorkerError(f"the process of stage {first} of {len(self._specs)} {how}")
+
+    def _stop(self) -> None:
+        for control in self._controls:
+            control.close()
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._controls.clear()
+        self._processes.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+def _has_fileno(stream: object) -> bool:
+    """Notebooks and test runners replace standard error by an object without a file."""
+    try:
+        stream.fileno()  # type: ignore[attr-defined]
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(_SECONDS_TO_LEAVE)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _describe(code: int | None) -> str:
+    if code is None:
+        return "closed its connection"
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
+        return f"was ended by {name}{hint}"
+    return f"ended with exit code {code}"

@@ -1,0 +1,149 @@
+"""Makes a `Job` of a file, a mapping or another job: reads, fills in the environment, overrides, checks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from batchpipe.errors import JobError
+from batchpipe.job.explain import explain, key_paths, section_of, shown, unknown_key
+from batchpipe.job.spec import Job
+from batchpipe.job.strict_yaml import read_yaml
+
+Overrides = Mapping[str, Any] | Sequence[str]
+
+_ENVIRONMENT_VARIABLE = re.compile(r"\$\{env:([^}]*)\}")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+
+
+def load_job(source: str | Path | Mapping[str, Any] | Job, overrides: Overrides = ()) -> Job:
+    """The checked job of `source`, its local paths absolute.
+
+    `source` is a job file's path, or a mapping or Job as Python holds it. `overrides` go on top:
+    "section.key=<YAML>" strings, or a mapping of dotted keys to values. Relative paths are relative to the
+    job file's folder, or to the working folder where there is no file.
+    Raises JobError with one line for each mistake.
+    """
+    mistakes: list[str] = []
+    origin, folder = "job", Path.cwd()
+    if isinstance(source, Job):
+        data = source.model_dump()
+    elif isinstance(source, Mapping):
+        data = _expanded(source, mistakes)
+    else:
+        path = Path(source)
+        origin, folder = str(path), path.absolute().parent
+        data = {"name": path.stem, **_expanded(_read(path), mistakes)}
+    _override(data, overrides, mistakes)
+    try:
+        job = Job.model_validate(data)
+    except ValidationError as error:
+        mistakes += explain(error, Job, data)
+    if mistakes:
+        raise JobError("\n  ".join([f"{origin}: cannot be run as it is:", *mistakes]))
+    return _with_absolute_paths(job, folder)
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file."""
+    return Job.model_json_schema()
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: is not UTF-8 at byte {error.start}") from None
+    data = read_yaml(text, str(path))
+    if data is None:
+        raise JobError(f"{path}: is empty; a job file needs at least model.name, input.path and output.path")
+    if not isinstance(data, Mapping):
+        raise JobError(f"{path}: holds {shown(data)}; a job file is a mapping of sections (model, input, output, ...)")
+    return data
+
+
+def _expanded(data: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
+    """A copy of `data` in plain dicts, lists and strings, with each `${env:NAME}` replaced by its value.
+
+    A variable that is not set stays as written, and adds a line to `mistakes`.
+    """
+
+    def expand(value: Any, path: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: expand(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [expand(inner, f"{path}.{place}") for place, inner in enumerate(value)]
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if not isinstance(value, str):
+            return value
+        for name in _ENVIRONMENT_VARIABLE.findall(value):
+            if name not in os.environ:
+                mistakes.append(f"{path}: {shown(value)}: the environment variable '{name}' is not set")
+        return _ENVIRONMENT_VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
+
+    expanded: dict[str, Any] = expand(data, "")
+    return expanded
+
+
+def _override(data: dict[str, Any], overrides: Overrides, mistakes: list[str]) -> None:
+    """Puts each override into `data`, which it changes; one with a key that no job has adds a line to `mistakes`."""
+    values = overrides if isinstance(overrides, Mapping) else dict(map(_parsed, overrides))
+    for path, value in _expanded(values, mistakes).items():
+        if wrong := _wrong_path(path):
+            mistakes.append(f"override {wrong}")
+            continue
+        section, _, key = path.rpartition(".")
+        keys = data.setdefault(section, {}) if section else data
+        if isinstance(keys, dict):  # what is no mapping is named when the whole job is checked
+            keys[key] = value
+
+
+def _parsed(assignment: str) -> tuple[str, Any]:
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise JobError(f"override {assignment!r}: is not of the form section.key=value")
+    return path.strip(), read_yaml(text, f"override {assignment!r}")
+
+
+def _wrong_path(path: str) -> str | None:
+    """What is wrong with a dotted key, or None."""
+    known = key_paths(Job)
+    if path in known:
+        return None
+    first, _, rest = path.partition(".")
+    section = section_of(Job, first)
+    if section is None:
+        return f"{path}: {first} is not a section" if first in known else unknown_key((), path, known, known)
+    if not rest:
+        return f"{path}: is a section; set its keys, such as {path}.{next(iter(section.model_fields))}"
+    key = rest.partition(".")[0]
+    if key in section.model_fields:
+        return f"{path}: {first}.{key} is not a section"
+    return unknown_key((first,), rest, section.model_fields, known)
+
+
+def _with_absolute_paths(job: Job, folder: Path) -> Job:
+    def absolute(path: str) -> str:
+        return path if _ADDRESS.match(path) else os.path.abspath(folder / Path(path).expanduser())
+
+    name, chat_template = job.model.name, job.input.chat_template
+    is_local_model = name.startswith((".", "/", "~")) or name.endswith(".gguf") or (folder / name).exists()
+    changed_input = {
+        "path": tuple(map(absolute, job.input.path)),
+        "chat_template": chat_template if chat_template in ("auto", "none") else absolute(chat_template),
+    }
+    return job.model_copy(
+        update={
+            "model": job.model.model_copy(update={"name": absolute(name) if is_local_model else name}),
+            "input": job.input.model_copy(update=changed_input),
+            "output": job.output.model_copy(update={"path": absolute(job.output.path)}),
+        }
+    )

@@ -1,0 +1,77 @@
+"""The settings of sampling: the one home of their defaults and checks, for the whole job and for a row's overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from batchpipe.errors import RowError
+from batchpipe.job import values as v
+from batchpipe.job.explain import explain, unknown_key
+from batchpipe.types import ErrorCode, SamplingParams
+
+
+class Sampling(v.Section):
+    """How tokens are drawn. Token ids above the vocabulary can only be told once the tokenizer is known."""
+
+    max_tokens: Annotated[
+        v.Count, Field(description="Tokens a completion may have; cut to what the context leaves.")
+    ] = 256
+    temperature: Annotated[v.PositiveOrZero, Field(description="0 is greedy: the likeliest token, always.")] = 0.0
+    top_p: Annotated[v.PositiveFraction, Field(description="Draw from the likeliest tokens that reach this sum.")] = 1.0
+    top_k: Annotated[v.CountOrZero, Field(description="Draw from this many likeliest tokens; 0 is off.")] = 0
+    min_p: Annotated[v.Fraction, Field(description="Drop tokens less likely than this share of the likeliest.")] = 0.0
+    repetition_penalty: Annotated[
+        v.Positive, Field(description="Divides the logits of tokens seen in prompt or completion; 1 is off.")
+    ] = 1.0
+    presence_penalty: Annotated[v.Penalty, Field(description="Taken from logits of tokens generated before.")] = 0.0
+    frequency_penalty: Annotated[v.Penalty, Field(description="Taken once for each time a token was generated.")] = 0.0
+    logit_bias: Annotated[v.LogitBias, Field(description="Added to the logits of these token ids.")] = {}
+    stop: Annotated[v.StopStrings, Field(description="Strings that end a completion and are cut from it.")] = ()
+    stop_token_ids: Annotated[v.TokenIds, Field(description="Token ids that end a completion.")] = ()
+    ignore_eos: Annotated[v.Flag, Field(description="Go on after the model's end token.")] = False
+    min_tokens: Annotated[v.CountOrZero, Field(description="Tokens before anything may end the completion.")] = 0
+    n: Annotated[v.SampleCount, Field(description="Samples of each row.")] = 1
+    seed: Annotated[
+        v.Seed,
+        Field(description="A row's stream follows from (seed, row id, sample index): batch order never matters."),
+    ] = 0
+    logprobs: Annotated[v.LogprobCount, Field(description="Likeliest tokens to report at each place; 0 is off.")] = 0
+    column: Annotated[
+        v.OptionalName, Field(description="Column whose struct or JSON object overrides these settings for its row.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _minimum_fits(self) -> Sampling:
+        if self.min_tokens > self.max_tokens:
+            raise PydanticCustomError(
+                "related_keys",
+                "min_tokens: {minimum} is more than max_tokens, which is {maximum}",
+                {"minimum": self.min_tokens, "maximum": self.max_tokens},
+            )
+        return self
+
+    def override(self, values: Mapping[str, Any]) -> Sampling:
+        """These settings with a row's `values` in place; a null value is one that is not given.
+
+        Raises RowError (INVALID_SAMPLING) naming each wrong key, its value and what it takes.
+        """
+        unknown = [key for key in values if key not in _ROW_KEYS]
+        if unknown:
+            lines = [unknown_key((), key, _ROW_KEYS) for key in unknown]
+            raise RowError(ErrorCode.INVALID_SAMPLING, "; ".join(lines))
+        merged = {**self.__dict__, **{key: value for key, value in values.items() if value is not None}}
+        try:
+            return Sampling.model_validate(merged)
+        except ValidationError as error:
+            raise RowError(ErrorCode.INVALID_SAMPLING, "; ".join(explain(error, Sampling, merged))) from None
+
+    def params(self) -> SamplingParams:
+        """The checked settings as the rest of the program speaks of them."""
+        return SamplingParams(**{key: self.__dict__[key] for key in _ROW_KEYS})
+
+
+_ROW_KEYS = tuple(key for key in Sampling.model_fields if key != "column")

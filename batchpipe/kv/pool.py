@@ -1,0 +1,78 @@
+"""One stage's KV memory: a single tensor, block first, so that a block of a request is one contiguous copy.
+
+data [num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim]
+
+         block 0                    block 1
+┌─────────┬─────────┬──   ┌─────────┬─────────┬──      within a layer: K of head 0, K of head 1, ...,
+│ layer 0 │ layer 1 │     │ layer 0 │ layer 1 │        V of head 0, ...; each `block_tokens` rows
+└─────────┴─────────┴──   └─────────┴─────────┴──      of `head_dim` numbers, row-major
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+
+from batchpipe.errors import MemoryLimitError
+from batchpipe.types import Int32Array
+
+KEY, VALUE = 0, 1
+
+
+class KvPool:
+    """The blocks of one stage's layers, all of one head geometry; zeros at first, as kernels read whole rows.
+
+    Host memory is the kernel's zero pages until a block is first written, so making a large pool costs
+    nothing; huge pages are asked for where the system offers them.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_layers: int,
+        num_kv_heads: int,
+        block_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim)
+        assert all(size > 0 for size in shape), f"a KV pool needs at least one of everything, not {shape}"
+        self.num_blocks = num_blocks
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.block_tokens = block_tokens
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.device = torch.device(device)
+        if self.device.type == "cpu":
+            self.data = _zero_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=self.device)
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.data.stride(0) * self.dtype.itemsize
+
+    def copy_blocks(self, sources: Int32Array, targets: Int32Array) -> None:
+        """All layers of block sources[i] to block targets[i]; no block is both."""
+        self.data[torch.from_numpy(targets).long()] = self.data[torch.from_numpy(sources).long()]
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_blocks * self.bytes_per_block
+
+
+def _zero_pages(num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes] over anonymous memory, which the tensor keeps alive."""
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryLimitError(
+            f"engine.kv_device_memory: the system refuses {num_bytes / 2**30:.1f} GiB for KV; set a lower value"
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)

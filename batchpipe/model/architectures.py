@@ -1,0 +1,93 @@
+"""Which architectures run, and why the others do not. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchpipe.errors import ModelError
+
+# Model types whose greedy tokens are compared with those of transformers' own generate in the tests.
+SUPPORTED = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "hunyuan_v1_dense",
+    "llama",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "phi3",
+    "phimoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "starcoder2",
+)
+
+_RUNNING_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# A key of config.json that gives away what the engine's paged attention cannot do.
+_TELLTALES = {
+    "kv_lora_rank": "multi-head latent attention",
+    "ssm_cfg": "state-space layers",
+    "state_size": "state-space layers",
+    "mamba_d_state": "state-space layers",
+    "linear_num_value_heads": "linear-attention layers",
+    "attention_chunk_size": "chunked attention",
+    "vision_config": "a vision part",
+    "audio_config": "an audio part",
+    "alibi": "ALiBi position biases",
+}
+
+
+def check_supported(config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Takes config.json; raises ModelError naming the architecture and what of it does not run.
+
+    With `trust_remote_code` a model that brings its own code passes: its structure is checked on loading.
+    """
+    architecture = ", ".join(config.get("architectures") or ()) or "an unnamed architecture"
+    name = f"{architecture} (model_type {config.get('model_type')!r})"
+    if reason := _obstacle(config):
+        raise ModelError(f"model.name: {name} cannot run: it has {reason}. {_advice()}")
+    if config.get("model_type") in SUPPORTED:
+        return
+    if "auto_map" not in config:
+        raise ModelError(f"model.name: {name} is not supported. {_advice()}")
+    if not trust_remote_code:
+        raise ModelError(
+            f"model.name: {name} needs the Python code that comes with it; read that code, "
+            "then set model.trust_remote_code to true"
+        )
+
+
+def _obstacle(config: Mapping[str, Any]) -> str | None:
+    if config.get("is_encoder_decoder"):
+        return "an encoder"
+    for key, reason in _TELLTALES.items():
+        if config.get(key):
+            return reason
+    unknown = set(config.get("layer_types") or ()) - _RUNNING_LAYER_TYPES
+    return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
+
+
+def _advice() -> str:
+    return f"Supported model types: {', '.join(SUPPORTED)}"

@@ -1,0 +1,163 @@
+"""What a model folder says of itself before any weight is read: geometry, limits, sizes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchpipe.errors import ModelError
+from batchpipe.model.architectures import check_supported
+from batchpipe.model.checkpoint import StoredTensor, read_json, read_tensors
+
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """One model, as it will be run. Bytes are those of `dtype`, not of the files."""
+
+    folder: Path
+    architecture: str
+    dtype: str  # bfloat16 | float16 | float32
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocabulary_size: int
+    max_context_tokens: int  # prompt and completion together
+    eos_token_ids: tuple[int, ...]
+    layer_costs: tuple[float, ...]  # floating point operations per token, without attention over its context
+    head_cost: float
+    layer_weight_bytes: tuple[int, ...]
+    other_weight_bytes: int  # embedding, last norm, and the head where it is not the embedding again
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.layer_weight_bytes) + self.other_weight_bytes
+
+    @property
+    def kv_bytes_per_token_layer(self) -> int:
+        """Of one token in one layer, keys and values together."""
+        return 2 * self.num_kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
+
+
+def describe_model(
+    folder: Path, dtype: str = "auto", *, device: str = "cpu", trust_remote_code: bool = False
+) -> ModelInfo:
+    """Reads config.json, the tokenizer's size and the weight files' headers.
+
+    dtype: auto (the checkpoint's own), bfloat16, float16 or float32. Raises ModelError where the folder is
+    incomplete, damaged, or holds a model that cannot run.
+    """
+    check_supported(read_json(folder / "config.json"), trust_remote_code=trust_remote_code)
+    config = _load_config(folder, trust_remote_code)
+    tensors = read_tensors(folder)
+    _check_vocabulary(folder, config.vocab_size)
+    dtype = _resolve_dtype(dtype, config, device)
+    layer_elements, layer_active_elements, other_elements = _count_elements(tensors, config)
+    item_bytes = _ITEM_BYTES[dtype]
+    return ModelInfo(
+        folder=folder,
+        architecture=(config.architectures or [config.model_type])[0],
+        dtype=dtype,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        hidden_size=config.hidden_size,
+        vocabulary_size=config.vocab_size,
+        max_context_tokens=_max_context_tokens(config),
+        eos_token_ids=_eos_token_ids(folder, config),
+        layer_costs=tuple(2.0 * elements for elements in layer_active_elements),
+        head_cost=2.0 * config.hidden_size * config.vocab_size,
+        layer_weight_bytes=tuple(elements * item_bytes for elements in layer_elements),
+        other_weight_bytes=other_elements * item_bytes,
+    )
+
+
+def _load_config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # each model's own checks, and its own code's, raise what they like
+        raise ModelError(f"model.name: {folder / 'config.json'} is not understood: {error}") from error
+
+
+def _resolve_dtype(dtype: str, config: Any, device: str) -> str:
+    if dtype != "auto":
+        return dtype
+    stored = str(config.dtype or "float32").removeprefix("torch.")
+    # Processors have fast products in bfloat16, and none in float16.
+    if stored not in _ITEM_BYTES or (stored == "float16" and device == "cpu"):
+        return "bfloat16"
+    return stored
+
+
+def _max_context_tokens(config: Any) -> int:
+    """The longest context in which a token's rotary angles depend on its own position alone.
+
+    `longrope` and `dynamic` change the angles of every token once one passes the trained length, so rows of a
+    batch would touch each other there: these models are held to that length, where they are exact.
+    """
+    limit: int = config.max_position_embeddings
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Models with two kinds of layers have one set of parameters for each.
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        trained = rope.get("original_max_position_embeddings") or limit
+        if rope.get("rope_type") == "longrope":
+            limit = min(limit, trained)
+        elif rope.get("rope_type") == "yarn":
+            limit = max(limit, int(trained * rope["factor"]))
+    return limit
+
+
+def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    """Where `transformers.generate` would stop: generation_config.json decides where it names any."""
+    path = folder / "generation_config.json"
+    stated = read_json(path).get("eos_token_id") if path.is_file() else None
+    token_ids = config.eos_token_id if stated is None else stated
+    if token_ids is None:
+        return ()
+    return tuple(token_ids) if isinstance(token_ids, list) else (token_ids,)
+
+
+def _check_vocabulary(folder: Path, vocabulary_size: int) -> None:
+    """A tokenizer may be smaller than the embedding (which is often padded), never larger."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        largest_id = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=-1)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ModelError(f"model.name: {path} cannot be read: {error}") from error
+    if largest_id >= vocabulary_size:
+        raise ModelError(
+            f"model.name: the tokenizer of {folder} has token id {largest_id} and the model's embedding has "
+            f"{vocabulary_size} rows; the two files belong to different models"
+        )
+
+
+def _count_elements(tensors: dict[str, StoredTensor], config: Any) -> tuple[list[int], list[float], int]:
+    """Numbers in each layer, those of them that one token is multiplied with, and numbers outside the layers."""
+    num_experts = next((n for key in _EXPERT_COUNTS if (n := getattr(config, key, None))), 1)
+    active_share = (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts
+    layer_elements = [0] * config.num_hidden_layers
+    active_elements = [0.0] * config.num_hidden_layers
+    other_elements = 0
+    for name, tensor in tensors.items():
+        found = _LAYER.search(name)
+        if found and int(found[1]) < len(layer_elements):
+            layer_elements[int(found[1])] += tensor.num_elements
+            active_elements[int(found[1])] += tensor.num_elements * (active_share if ".experts." in name else 1.0)
+        else:
+            other_elements += tensor.num_elements
+    return layer_elements, active_elements, other_elements

@@ -1,0 +1,70 @@
+"""The planner's own record of one sample on its way; nothing outside `plan` sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from batchpipe.types import Completion, ErrorCode, FinishReason, Int32Array, Request, TokenLogprobs
+
+
+class StopMatcher(Protocol):
+    """Watches one sequence's text for its stop strings."""
+
+    def feed(self, token_id: int) -> int | None:
+        """The number of characters of text to keep once a stop string has appeared, else None."""
+
+
+@dataclass(slots=True)
+class RequestGroup:
+    """The samples of one request; it leaves as a whole when the last one ends."""
+
+    request: Request
+    completions: list[Completion | None]
+    num_open: int
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample. `num_scheduled` tokens have their KV written, or will have when the steps in flight are done."""
+
+    sequence_id: int
+    group: RequestGroup
+    sample_index: int
+    stream: int
+    matcher: StopMatcher | None
+    prompt: Int32Array
+    num_tokens: int  # of prompt and generated text together
+    slot: int = -1
+    admission: int = -1
+    num_scheduled: int = 0
+    num_in_flight: int = 0
+    generated: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def token_slice(self, start: int, stop: int) -> Int32Array:
+        """Tokens [start, stop) of prompt and generated text together."""
+        num_prompt = len(self.prompt)
+        if start >= num_prompt:
+            return np.array(self.generated[start - num_prompt : stop - num_prompt], dtype=np.int32)
+        head = self.prompt[start:stop]
+        if stop <= num_prompt:
+            return head
+        return np.concatenate([head, np.array(self.generated[: stop - num_prompt], dtype=np.int32)])
+
+    def completion(
+        self,
+        finish_reason: FinishReason | None,
+        text_length: int | None = None,
+        error: tuple[ErrorCode, str] | None = None,
+    ) -> Completion:
+        return Completion(
+            token_ids=tuple(self.generated),
+            finish_reason=finish_reason,
+            text_length=text_length,
+            logprobs=tuple(self.logprobs),
+            error_code=error[0] if error else None,
+            error_message=error[1] if error else None,
+        )

@@ -1,0 +1,90 @@
+"""From chosen chunks to an immutable `Step`: the arrays that every stage obeys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import numpy as np
+
+from batchpipe.plan.sequence import Sequence
+from batchpipe.types import Int32Array, SequenceStart, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`num_tokens` new tokens of a sequence behind `num_context` tokens; `samples`: a token is drawn at its end."""
+
+    sequence: Sequence
+    num_context: int
+    num_tokens: int
+    samples: bool
+
+
+class BlockTables:
+    """The block tables of all running sequences as one array, so that a step's tables are one indexed copy."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._table = np.zeros((num_slots, 8), dtype=np.int32)
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+
+    def take_slot(self) -> int:
+        return self._free_slots.pop()
+
+    def release_slot(self, slot: int) -> None:
+        self._free_slots.append(slot)
+
+    def append(self, slot: int, position: int, blocks: List[int]) -> None:
+        end = position + len(blocks)
+        if end > self._table.shape[1]:
+            wider = np.zeros((self._table.shape[0], max(end, 2 * self._table.shape[1])), dtype=np.int32)
+            wider[:, : self._table.shape[1]] = self._table
+            self._table = wider
+        self._table[slot, position:end] = blocks
+
+    def gather(self, slots: List[int], num_blocks: int) -> Int32Array:
+        """[len(slots), num_blocks]; places behind a sequence's last block hold any valid number."""
+        return self._table[np.asarray(slots, dtype=np.intp), :num_blocks]
+
+
+def build_step(
+    step_id: int,
+    chunks: List[Chunk],
+    tables: BlockTables,
+    started: List[Sequence],
+    released: List[int],
+    copied_blocks: List[tuple[int, int]],
+    block_tokens: int,
+) -> Step:
+    query_lengths = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int32)
+    context_lengths = np.array([chunk.num_context for chunk in chunks], dtype=np.int32)
+    pieces: list[Int32Array | list[int]] = []
+    for chunk in chunks:
+        sequence = chunk.sequence
+        if chunk.samples and chunk.num_tokens == 1 and sequence.generated:
+            pieces.append(sequence.generated[-1:])
+        else:
+            pieces.append(sequence.token_slice(chunk.num_context, chunk.num_context + chunk.num_tokens))
+    num_blocks = int(-(-(query_lengths + context_lengths).max() // block_tokens))
+    return Step(
+        step_id=step_id,
+        sequence_ids=tuple(chunk.sequence.sequence_id for chunk in chunks),
+        query_lengths=query_lengths,
+        context_lengths=context_lengths,
+        token_ids=np.concatenate(pieces).astype(np.int32, copy=False),
+        block_tables=tables.gather([chunk.sequence.slot for chunk in chunks], num_blocks),
+        samples=np.array([chunk.samples for chunk in chunks], dtype=np.bool_),
+        copied_blocks=np.array(copied_blocks, dtype=np.int32).reshape(-1, 2),
+        started=tuple(start_of(sequence) for sequence in started),
+        released=tuple(released),
+    )
+
+
+def start_of(sequence: Sequence) -> SequenceStart:
+    return SequenceStart(
+        sequence_id=sequence.sequence_id,
+        stream=sequence.stream,
+        sampling=sequence.group.request.sampling,
+        prompt_token_ids=sequence.prompt,
+        generated_token_ids=tuple(sequence.generated),
+    )

@@ -1,0 +1,179 @@
+"""Which files an input path means, in which order, and how they are told apart from changed ones.
+
+Every path goes through `pyarrow.fs`, so local folders, s3:// and gs:// are one code. The order is that of the job's
+list, and sorted by name inside each of its entries.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import xxhash
+from pyarrow import fs
+
+from batchpipe.errors import InputError
+
+FINGERPRINT_BYTES = 65_536  # of a file's head, and of its tail
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file to read. `relative` is its path below the folder or pattern that found it."""
+
+    filesystem: fs.FileSystem
+    path: str
+    relative: str
+    size_bytes: int
+    modified_ns: int | None
+
+    def open(self) -> pa.NativeFile:
+        """The bytes as stored, seekable; InputError where they cannot be had."""
+        try:
+            return self.filesystem.open_input_file(self.path)
+        except OSError as error:
+            raise InputError(f"input.path: cannot open {self.path}: {_reason(error)}") from error
+
+    def fingerprint(self, name: str) -> bytes:
+        """Hash of name, size, head and tail: the same for a copied file, another for an edited or longer one."""
+        digest = xxhash.xxh3_128(f"{name}\0{self.size_bytes}\0".encode())
+        with self.open() as file:
+            try:
+                digest.update(file.read(FINGERPRINT_BYTES))
+                file.seek(max(0, self.size_bytes - FINGERPRINT_BYTES))
+                digest.update(file.read(FINGERPRINT_BYTES))
+            except OSError as error:
+                raise InputError(f"input.path: cannot read {self.path}: {_reason(error)}") from error
+        return digest.digest()
+
+    def check_unchanged(self) -> None:
+        """InputError where the file is not the one that was found at the start."""
+        info = self.filesystem.get_file_info(self.path)
+        if info.type != fs.FileType.File or (info.size, info.mtime_ns) != (self.size_bytes, self.modified_ns):
+            raise InputError(
+                f"input.path: {self.path} changed while the job was reading it; "
+                "restore it and run again, or start over with --fresh"
+            )
+
+
+def find_files(paths: Iterable[str], exclude: Path | None) -> list[InputFile]:
+    """The files that `paths` mean. `exclude` is the output folder, which the input must not take in."""
+    files = [file for path in paths for file in _expand(path, exclude)]
+    seen: dict[str, str] = {}
+    for file in files:
+        is_local = isinstance(file.filesystem, fs.LocalFileSystem)
+        real = os.path.realpath(file.path) if is_local else file.path
+        if real in seen:
+            raise InputError(
+                f"input.path: {file.path} is the same file as {seen[real]}; it would be read twice "
+                "(named twice, overlapping patterns, or a loop of symbolic links)"
+            )
+        seen[real] = file.path
+        if exclude is not None and is_local and Path(real).is_relative_to(exclude.resolve()):
+            raise InputError(f"input.path: {file.path} lies in the output folder {exclude}; write somewhere else")
+    return files
+
+
+def file_names(files: Sequence[InputFile]) -> list[str]:
+    """What messages and generated row ids call each file: the shortest form that is unique for all."""
+    for names in ([PurePosixPath(f.path).name for f in files], [f.relative for f in files]):
+        if len(set(names)) == len(names):
+            return names
+    return [file.path for file in files]
+
+
+def _expand(path: str, exclude: Path | None) -> list[InputFile]:
+    try:
+        filesystem, literal = _locate(path)
+        info = filesystem.get_file_info(literal)
+        if info.type == fs.FileType.File:
+            return [_input_file(filesystem, info, literal.rpartition("/")[0])]
+        wild = _WILDCARD.search(literal)
+        if info.type == fs.FileType.Directory:
+            _check_leaves_out(exclude, path, literal, [])
+            found = _walk(filesystem, literal, literal)
+        elif wild is not None:
+            base = literal[: wild.start()].rpartition("/")[0]
+            segments = literal[len(base) + 1 :].split("/")
+            _check_leaves_out(exclude, path, base, segments)
+            found = _match(filesystem, base or "/", segments, base)
+        else:
+            raise InputError(f"input.path: {path} does not exist")
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"input.path: cannot read {path}: {_reason(error)}") from error
+    if not found:
+        raise InputError(f"input.path: nothing to read in {path} (names that begin with _ or . are left out)")
+    return found
+
+
+def _locate(path: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in path:
+        return fs.LocalFileSystem(), os.path.abspath(path)
+    wild = _WILDCARD.search(path)
+    base, pattern = path, ""
+    if wild is not None:  # a pattern is no URI
+        base, _, pattern = path[: wild.start()].rpartition("/")
+        pattern += path[wild.start() :]
+    try:
+        filesystem, literal = fs.FileSystem.from_uri(base)
+    except ValueError as error:
+        raise InputError(f"input.path: {path} is no address that can be read: {error}") from error
+    return filesystem, f"{literal}/{pattern}" if pattern else literal
+
+
+def _walk(filesystem: fs.FileSystem, folder: str, root: str) -> list[InputFile]:
+    """Every file below `folder`, by name."""
+    infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+    files = [_input_file(filesystem, info, root) for info in infos if info.type != fs.FileType.Directory]
+    return sorted((file for file in files if not _is_hidden(file.relative)), key=lambda file: file.relative)
+
+
+def _match(filesystem: fs.FileSystem, folder: str, segments: Sequence[str], root: str) -> list[InputFile]:
+    """Files whose path below `folder` matches, segment by segment, and all files of folders that do."""
+    segment, *rest = segments
+    infos = sorted(filesystem.get_file_info(fs.FileSelector(folder)), key=lambda info: info.base_name)
+    infos = [info for info in infos if not _is_hidden(info.base_name)]
+    found = _match(filesystem, folder, rest, root) if segment == "**" and rest else []
+    for info in infos:
+        is_folder = info.type == fs.FileType.Directory
+        if segment == "**" and rest:
+            found += _match(filesystem, info.path, segments, root) if is_folder else []
+        elif fnmatchcase(info.base_name, segment):
+            if is_folder:
+                found += _match(filesystem, info.path, rest, root) if rest else _walk(filesystem, info.path, root)
+            elif not rest:
+                found.append(_input_file(filesystem, info, root))
+    return found
+
+
+def _check_leaves_out(exclude: Path | None, path: str, base: str, segments: Sequence[str]) -> None:
+    """InputError where `path` would take in the folder `exclude`, even if that is only made later."""
+    if exclude is None or not exclude.absolute().is_relative_to(base or "/"):
+        return
+    folders = exclude.absolute().relative_to(base or "/").parts
+    if "**" in segments or (len(folders) >= len(segments) and all(map(fnmatchcase, folders, segments))):
+        raise InputError(
+            f"input.path: {path} takes in the output folder {exclude}; "
+            "write somewhere else (output.path) or name the input more narrowly"
+        )
+
+
+def _is_hidden(relative: str) -> bool:
+    return relative.endswith(".crc") or any(part[0] in "_." for part in relative.split("/"))
+
+
+def _input_file(filesystem: fs.FileSystem, info: fs.FileInfo, root: str) -> InputFile:
+    if info.type != fs.FileType.File:
+        raise InputError(f"input.path: {info.path} is no file that can be read (a broken or looping link?)")
+    relative = info.path.removeprefix(root).lstrip("/")
+    return InputFile(filesystem, info.path, relative, info.size, info.mtime_ns)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error).split("\n")[0]

@@ -1,0 +1,145 @@
+"""A row's values to the prompt: its text, or its token ids where the row brings them.
+
+Prompt column, template or messages become one conversation, and the model's chat template writes it; without one (or
+with `chat_template: none`) the text is the prompt as it stands. Special tokens that a row's text spells out are read as
+such by the tokenizer, exactly as `apply_chat_template(..., tokenize=True)` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from batchpipe.errors import JobError, RowError
+from batchpipe.job.spec import InputSpec
+from batchpipe.read.frame import TextFrame, find_text_frame, find_token_frame
+from batchpipe.read.messages import COMMON_ROLES, Message, checked_messages
+from batchpipe.read.template import PromptTemplate
+from batchpipe.tokenizer import Tokenizer
+from batchpipe.types import ErrorCode
+
+# What a template raises when row data does not suit it; anything else is our own mistake.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+def needed_columns(spec: InputSpec, sampling_column: str | None) -> frozenset[str]:
+    """The columns that prompts and a row's sampling are made of."""
+    extra = frozenset() if sampling_column is None else frozenset([sampling_column])
+    if spec.messages_column is not None:
+        return extra | {spec.messages_column}
+    if spec.template is not None:
+        return extra | PromptTemplate(spec.template).columns
+    return extra | {spec.prompt_column}
+
+
+class Renderer:
+    """Makes prompts of rows; JobError where the job asks for what the model's chat template cannot do."""
+
+    def __init__(self, spec: InputSpec, tokenizer: Tokenizer) -> None:
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._template = PromptTemplate(spec.template) if spec.template is not None else None
+        self._chat_template = _custom_template(spec.chat_template)
+        self._has_chat = spec.chat_template != "none" and (
+            self._chat_template is not None or tokenizer.has_chat_template
+        )
+        if not self._has_chat:
+            _check_plain_text_will_do(spec)
+        self._text_frame = self._find_frame() if self._has_chat else None
+        self._token_frame = find_token_frame(self._text_frame, tokenizer) if self._text_frame else None
+
+    def render(self, values: Mapping[str, Any]) -> str | list[int]:
+        """The prompt's text for `encode`, or the token ids that the row gives; RowError where there is no prompt."""
+        if self._spec.messages_column is not None:
+            column = self._spec.messages_column
+            return self._conversation(checked_messages(values.get(column), column))
+        content = self._template.fill(values) if self._template is not None else self._prompt(values)
+        if not content:
+            raise RowError(ErrorCode.EMPTY_PROMPT, "the prompt is empty")
+        if isinstance(content, list):
+            return content
+        if self._text_frame is not None:
+            return self._text_frame.around(content)
+        return self._conversation([{"role": "user", "content": content}]) if self._has_chat else content
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered `texts`. What a chat template wrote has its special tokens already, plain text not."""
+        if self._token_frame is not None:
+            return self._token_frame.encode(self._tokenizer, texts)
+        return self._tokenizer.encode_batch(texts, add_special_tokens=not self._has_chat)
+
+    def _prompt(self, values: Mapping[str, Any]) -> str | list[int]:
+        column = self._spec.prompt_column
+        value = values.get(column)
+        if isinstance(value, str):
+            return value
+        if value is None:
+            raise RowError(ErrorCode.MISSING_PROMPT, f"column {column!r} is missing or null")
+        if isinstance(value, list) and all(type(token_id) is int for token_id in value):
+            return value
+        kind = "list of other things than token ids" if isinstance(value, list) else type(value).__name__
+        raise RowError(ErrorCode.WRONG_TYPE, f"column {column!r} holds a {kind}, not text")
+
+    def _conversation(self, messages: list[Message]) -> str:
+        """The text the chat template makes of `messages`; it goes on with the last one if that is the assistant's."""
+        if self._spec.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._spec.system}, *messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._chat_template,
+                continue_final_message=messages[-1]["role"] == "assistant",
+            )
+        except _TEMPLATE_ERRORS as error:
+            message = f"the chat template refuses the messages: {error or type(error).__name__}"
+            raise RowError(ErrorCode.TEMPLATE_ERROR, message) from error
+        for role, content in ((message["role"], message["content"]) for message in messages):
+            if role not in COMMON_ROLES and content and content.strip() not in text:
+                raise RowError(ErrorCode.INVALID_MESSAGES, f"the chat template leaves out the role {role!r}")
+        return text
+
+    def _find_frame(self) -> TextFrame | None:
+        """The text around every prompt, where it is the same for all; checks the chat template on the way."""
+
+        def render(content: str) -> str:
+            return self._conversation([{"role": "user", "content": content}])
+
+        has_messages = self._spec.messages_column is not None
+        try:
+            frame = find_text_frame(render, self._tokenizer.special_tokens)
+        except RowError as error:
+            if has_messages and not isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+                return None  # it may still take the conversations that the rows bring
+            keys = "input.chat_template" + (", input.system" if self._spec.system is not None else "")
+            raise JobError(f"{keys}: no prompt can be written: {error.message}") from error
+        return None if has_messages else frame
+
+
+def _custom_template(chat_template: str) -> str | None:
+    if chat_template in ("auto", "none"):
+        return None
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"input.chat_template: cannot read {chat_template}: {error}") from error
+
+
+def _check_plain_text_will_do(spec: InputSpec) -> None:
+    key = "messages_column" if spec.messages_column is not None else "system" if spec.system is not None else None
+    if key is not None:
+        raise JobError(
+            f"input.{key}: needs a chat template, and "
+            + ("input.chat_template is none" if spec.chat_template == "none" else "the model has none")
+            + "; give one as input.chat_template"
+        )

@@ -1,0 +1,108 @@
+"""`metrics.parquet`: one row a run of the job, the same columns in every version of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchpipe.errors import OutputError
+from batchpipe.write.durable import write_whole
+
+FILE_NAME = "metrics.parquet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunMetrics:
+    """One run. Rows are the job's so far, earlier runs included; all else is this run's alone.
+
+    Times are UTC. `predictor_mean_absolute_error_tokens` is per completion, `predictor_sum_error` is the predicted sum
+    over the real one, less 1; both None where nothing was predicted.
+    """
+
+    run_id: str
+    job_name: str
+    identity_sha256: str
+    model: str
+    revision: str | None
+    versions: Mapping[str, str]
+    device_names: tuple[str, ...]
+    started_at: datetime
+    ended_at: datetime
+    load_seconds: float
+    generate_seconds: float
+    wall_seconds: float
+    rows_total: int
+    rows_succeeded: int
+    rows_failed: int
+    rows_canceled: int
+    prompt_tokens: int
+    completion_tokens: int
+    output_tokens_per_second: float
+    total_tokens_per_second: float
+    num_stages: int
+    stage_utilization: tuple[float, ...]
+    phase_switches: int
+    preemptions: int
+    recomputed_tokens: int
+    peak_device_blocks: int
+    peak_host_blocks: int
+    host_to_device_bytes: int
+    device_to_host_bytes: int
+    stall_seconds: float
+    predictor_mean_absolute_error_tokens: float | None
+    predictor_sum_error: float | None
+    planner_seconds: float
+
+    def __post_init__(self) -> None:
+        accounted = self.rows_succeeded + self.rows_failed + self.rows_canceled
+        assert self.rows_total == accounted, f"{self.rows_total} rows, but {accounted} accounted for"
+
+
+_ARROW_TYPES = {
+    "str": pa.string(),
+    "str | None": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "float | None": pa.float64(),
+    "datetime": pa.timestamp("us", "UTC"),
+    "tuple[str, ...]": pa.list_(pa.string()),
+    "tuple[float, ...]": pa.list_(pa.float64()),
+    "Mapping[str, str]": pa.map_(pa.string(), pa.string()),
+}
+METRICS_SCHEMA = pa.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(RunMetrics)])
+
+
+def append_metrics(folder: Path, metrics: RunMetrics) -> None:
+    """Adds a row to the folder's metrics; readers see the old file or the new one.
+
+    Raises OutputError where the file cannot be read or written.
+    """
+    row = {field.name: getattr(metrics, field.name) for field in fields(metrics)}
+    row["versions"] = list(metrics.versions.items())
+    table = pa.concat_tables([_read(folder), pa.Table.from_pylist([row], METRICS_SCHEMA)])
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_whole(folder / FILE_NAME, sink.getvalue().to_pybytes())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The runs of the folder, oldest first."""
+    rows: list[dict[str, Any]] = _read(folder).to_pylist(maps_as_pydicts="strict")
+    return rows
+
+
+def _read(folder: Path) -> pa.Table:
+    path = folder / FILE_NAME
+    if not path.exists():
+        return METRICS_SCHEMA.empty_table()
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read().cast(METRICS_SCHEMA)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise OutputError(f"{path}: cannot be read as metrics ({error}); move it away.") from error

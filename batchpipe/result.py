@@ -1,0 +1,60 @@
+"""What `batchpipe.run` gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchpipe.errors import OutputError
+from batchpipe.write.folder import COMPLETIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SUMMARY_KEYS = (
+    "rows_total",
+    "rows_succeeded",
+    "rows_failed",
+    "rows_canceled",
+    "prompt_tokens",
+    "completion_tokens",
+    "wall_seconds",
+    "output_tokens_per_second",
+    "total_tokens_per_second",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An output folder, the metrics of its last run (named as in metrics.parquet), the command's exit code for it."""
+
+    path: Path
+    metrics: Mapping[str, Any]
+    exit_code: int
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The closing JSON line of the command."""
+        return {"output": str(self.path), **{key: self.metrics[key] for key in _SUMMARY_KEYS}}
+
+    def table(self) -> pa.Table:
+        """All completions so far, in the order of the input. Raises OutputError where there are none yet."""
+        parts = sorted((self.path / COMPLETIONS).glob("part-*.parquet"))
+        if not parts:
+            raise OutputError(f"{self.path}: holds no completions yet; run the job again to continue it.")
+        # Without partitioning: a folder named key=value on the way must not become a column.
+        table = pa.concat_tables(pq.read_table(part, partitioning=None) for part in parts)
+        order = pc.sort_indices(table, [("row_index", "ascending"), ("sample_index", "ascending")])
+        try:
+            return table.take(order)
+        except pa.ArrowNotImplementedError:  # Arrow cannot take from views (string_view), only join slices of them
+            return pa.concat_tables(table.slice(offset, 1) for offset in order.to_pylist()).combine_chunks()
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.table().to_pandas()

@@ -1,0 +1,95 @@
+"""A job from rows to committed completions: read, render, tokenise, plan, run, detokenise, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from batchpipe.account import Account
+from batchpipe.collector import calm_collector
+from batchpipe.engine import Engine
+from batchpipe.errors import InterruptedRunError, TooManyFailedError
+from batchpipe.execute.base import Pipeline
+from batchpipe.execute.open import open_pipeline
+from batchpipe.interrupt import Interrupt
+from batchpipe.job import Job, load_job
+from batchpipe.job.spec import EngineSpec
+from batchpipe.model.describe import ModelInfo
+from batchpipe.prepare import Prepared, prepare
+from batchpipe.read.ahead import Ahead
+from batchpipe.report.metrics import append_metrics, read_metrics
+from batchpipe.report.progress import Progress
+from batchpipe.result import Result
+from batchpipe.sample.detokenize import detokenize, failed_outcome
+from batchpipe.types import FailedRow, Request
+from batchpipe.write.row_set import RowCounts
+from batchpipe.write.writer import CompletionWriter
+
+OpenPipeline = Callable[[EngineSpec, ModelInfo], Pipeline]
+
+# Rows read and tokenised before the engine asks for them; a few tens of megabytes with long prompts.
+AHEAD_ROWS = 4096
+_SOME_ROWS_FAILED = 3
+
+
+def run_job(
+    job: str | Path | Mapping[str, Any] | Job,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    open_pipeline: OpenPipeline = open_pipeline,
+) -> Result:
+    """See `batchpipe.run`; `open_pipeline` is how tests and simulations bring their own engine."""
+    account = Account()
+    prepared = prepare(load_job(job, overrides))
+    with prepared.open_output(fresh) as folder:
+        if folder.finished:
+            return Result(folder.path, read_metrics(folder.path)[-1], exit_code=0)
+        with ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt())
+            ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
+            pipeline = stack.enter_context(open_pipeline(prepared.job.engine, prepared.info))
+            stack.enter_context(calm_collector())
+            account.loaded()
+            writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
+            progress = stack.enter_context(Progress(prepared.source.num_rows()))
+            engine = Engine(pipeline, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of)
+            stop: str | None = None
+            while stop is None and not (engine.idle and ahead.exhausted):
+                items = ahead.take(engine.room, block=engine.idle)
+                engine.add(item for item in items if isinstance(item, Request))
+                outcomes = [failed_outcome(item) for item in items if isinstance(item, FailedRow)]
+                outcomes += detokenize(engine.advance(), prepared.tokenizer.decode_batch, prepared.eos_token_ids)
+                writer.write(outcomes)
+                progress.update(*_reading(prepared, engine, writer.counts))
+                stop = interrupt.requested or _too_many_failed(prepared, writer.counts)
+            metrics = account.metrics(prepared, engine, writer.counts)
+            append_metrics(folder.path, metrics)
+            if stop is None:
+                writer.finish(prepared.source.rows_seen)
+    result = Result(folder.path, asdict(metrics), exit_code=_SOME_ROWS_FAILED if metrics.rows_failed else 0)
+    if interrupt.requested is not None and stop is not None:
+        message = f"stopped by {stop} with {metrics.rows_total} rows done; the same command continues"
+        raise InterruptedRunError(message, result.summary)
+    if stop is not None:
+        raise TooManyFailedError(stop, result.summary)
+    return result
+
+
+def _reading(prepared: Prepared, engine: Engine, counts: RowCounts) -> tuple[int, int, int, int, float]:
+    """For the progress line: rows done and failed, tokens in and out, and the part of the input that is done."""
+    fraction = counts.total / max(prepared.estimated_rows(), 1.0)
+    return counts.total, counts.failed, engine.meter.prompt_tokens, engine.meter.output_tokens, min(fraction, 1.0)
+
+
+def _too_many_failed(prepared: Prepared, counts: RowCounts) -> str | None:
+    allowed = prepared.job.output.max_failed_fraction
+    if allowed == 1 or counts.failed <= allowed * prepared.estimated_rows():
+        return None
+    return (
+        f"{counts.failed} of about {prepared.estimated_rows():.0f} rows failed, more than "
+        f"output.max_failed_fraction = {allowed} allows; the column error_message says why"
+    )

@@ -1,0 +1,39 @@
+"""What an output folder holds right now, also while a run fills it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from batchpipe.errors import OutputError
+from batchpipe.report.metrics import read_metrics
+from batchpipe.write.commit import CommitLog
+from batchpipe.write.folder import STATE, SUCCESS
+from batchpipe.write.lock import holder
+from batchpipe.write.row_set import RowCounts
+
+
+def status_of(path: Path) -> dict[str, Any]:
+    """Counts of committed input rows, parts, who runs it (None: nobody) and the metrics of the last run.
+
+    Rows that stand in the row log, waiting for their part to fill, are not counted yet.
+    Raises OutputError where `path` is no output folder. Takes nothing from a run under way.
+    """
+    state = path / STATE
+    if not (state / "identity.json").exists():
+        raise OutputError(f"{path}: is no output folder of batchpipe (it has no {STATE}/identity.json).")
+    records, _ = CommitLog(state / "commits.jsonl").read()
+    counts = sum((record.counts for record in records), RowCounts())
+    runs = read_metrics(path)
+    return {
+        "path": str(path),
+        "finished": (path / SUCCESS).exists(),
+        "running": holder(state / "lock"),
+        "rows_done": counts.total,
+        "rows_succeeded": counts.succeeded,
+        "rows_failed": counts.failed,
+        "rows_canceled": counts.canceled,
+        "parts": len(records),
+        "bytes": sum(record.num_bytes for record in records),
+        "last_run": runs[-1] if runs else None,
+    }

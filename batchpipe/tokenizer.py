@@ -1,0 +1,101 @@
+"""Text to token ids and back, as the model's own tokenizer in `transformers` does it.
+
+Neither pads nor truncates: what is too long is found, and said, where prompts are made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from batchpipe.errors import ModelError
+
+
+class Tokenizer:
+    """One model's tokenizer, around that of transformers."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._fast = getattr(backend, "backend_tokenizer", None)
+        if self._fast is not None:  # a saved tokenizer may bring the truncation of its training along
+            self._fast.no_truncation()
+            self._fast.no_padding()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._backend.chat_template)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The texts of the special tokens."""
+        return list(self._backend.all_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The conversation as text, ending where the model is to go on; what the template raises passes through.
+
+        The text holds the template's special tokens already: encode it with `add_special_tokens=False`.
+        """
+        text: str = self._backend.apply_chat_template(
+            list(messages),
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+        )
+        return text
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text. Special tokens written in a text become those tokens, as in transformers."""
+        if not texts:
+            return []
+        if self._fast is None:
+            return list(self._backend(list(texts), add_special_tokens=add_special_tokens)["input_ids"])
+        encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Token ids and the characters [start, end) each stands for; None where the tokenizer cannot say."""
+        if self._fast is None:
+            return None
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def rigid_token_ids(self) -> frozenset[int]:
+        """Added tokens that part the text wherever they stand, whatever is beside them."""
+        return frozenset(
+            token_id
+            for token_id, token in self._backend.added_tokens_decoder.items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        )
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def decode_batch(self, token_ids: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
+        if not token_ids:  # which transformers takes for one empty text
+            return []
+        return list(self._backend.batch_decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a model folder; ModelError where it holds none that can be used."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer
+
+    if not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
+        # transformers would make up an empty tokenizer from config.json alone
+        raise ModelError(f"model.name: {folder} holds no tokenizer files (tokenizer.json is missing)")
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"model.name: the tokenizer of {folder} cannot be loaded: {reason}") from error

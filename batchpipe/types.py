@@ -1,0 +1,233 @@
+"""The words every part of batchpipe speaks: rows, requests, steps, results. No behaviour, no torch.
+
+A row is read (`Row`), rendered and tokenised (`Request`), run as one sequence per sample inside `Step`s, and ends as
+one `Outcome`. What cannot be done on the way becomes a `FailedRow`. Nothing else crosses from one part to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Int32Array = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
+
+
+class RowStatus(StrEnum):
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class ErrorCode(StrEnum):
+    """Why a row failed; written to the column `error_code`."""
+
+    INVALID_UTF8 = "invalid_utf8"
+    INVALID_JSON = "invalid_json"
+    NOT_AN_OBJECT = "not_an_object"
+    LINE_TOO_LONG = "line_too_long"
+    BAD_ID = "bad_id"
+    DUPLICATE_ID = "duplicate_id"
+    MISSING_PROMPT = "missing_prompt"
+    WRONG_TYPE = "wrong_type"
+    EMPTY_PROMPT = "empty_prompt"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    TEMPLATE_ERROR = "template_error"
+    INVALID_MESSAGES = "invalid_messages"
+    INVALID_SAMPLING = "invalid_sampling"
+    INVALID_TOKEN = "invalid_token"
+    INVALID_LOGITS = "invalid_logits"
+    KV_CAPACITY = "kv_capacity"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """One row's checked sampling settings; the defaults have their home in `batchpipe.job.spec.Sampling`."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    min_tokens: int
+    n: int
+    seed: int
+    logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Where a row's carried input columns stand: one row of an Arrow batch that holds exactly those columns."""
+
+    batch: pa.RecordBatch
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowKey:
+    """A row's identity: its position in the whole input, its id, its carried columns."""
+
+    index: int
+    row_id: str
+    carried: Carried
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as read: the values of the columns that rendering needs."""
+
+    key: RowKey
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRow:
+    """A row that ended before it reached the engine. `num_samples` rows are written for it."""
+
+    key: RowKey
+    code: ErrorCode
+    message: str
+    num_samples: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row ready to run. `sampling.max_tokens` is already cut to what the model's context leaves."""
+
+    key: RowKey
+    prompt_token_ids: Int32Array
+    sampling: SamplingParams
+    predicted_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probability of one chosen token, and of the most likely ones at its place (ids and values, best first)."""
+
+    token_id: int
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine made of one sample: tokens without the prompt, the end token included where it was drawn.
+
+    `text_length` is the number of characters to keep where a stop string ended the text, else None.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    text_length: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    error_code: ErrorCode | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """All samples of one request, in sample order; leaves the planner when the last one ends."""
+
+    request: Request
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutcome:
+    """One row of the completions table, less what all samples of its input row share."""
+
+    status: RowStatus
+    completion: str | None
+    finish_reason: FinishReason | None
+    error_code: ErrorCode | None
+    error_message: str | None
+    completion_tokens: int | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of one input row, written whole: every sample at once, or none."""
+
+    key: RowKey
+    prompt_tokens: int | None
+    predicted_tokens: int | None
+    samples: tuple[SampleOutcome, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """What the sampler must know of a sequence when it first appears in a step, or appears again after a preemption.
+
+    `stream` names the sequence's random stream: (seed, row id, sample index) gives the same draws in any batch.
+    `generated_token_ids` is empty at first, and what was generated before the preemption after one.
+    """
+
+    sequence_id: int
+    stream: int
+    sampling: SamplingParams
+    prompt_token_ids: Int32Array
+    generated_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass of one circulating batch, decided by the planner and obeyed by every stage.
+
+    Sequence i brings `query_lengths[i]` new tokens that stand behind `context_lengths[i]` tokens whose KV is already in
+    its blocks; new KV goes to the same block table. N sequences, T = sum(query_lengths) tokens.
+    """
+
+    step_id: int
+    sequence_ids: tuple[int, ...]
+    query_lengths: Int32Array  # [N]
+    context_lengths: Int32Array  # [N]
+    token_ids: Int32Array  # [T]
+    block_tables: Int32Array  # [N, B], behind a sequence's last block any valid number
+    samples: BoolArray  # [N]: a token is drawn after the last new token of this sequence
+    copied_blocks: Int32Array  # [C, 2]: before anything else, the KV of block [c, 0] is copied to block [c, 1]
+    started: tuple[SequenceStart, ...] = ()
+    released: tuple[int, ...] = ()  # sequences that left since the last step: forget their sampler state
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a step. `token_ids[k]` belongs to the k-th sequence that samples; -1: its logits were not finite."""
+
+    step_id: int
+    token_ids: Int32Array
+    logprobs: Mapping[int, TokenLogprobs]  # by sequence id, only where asked for
+    stage_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a pipeline offers the planner: KV blocks, the same ids on every stage, and how many batches circulate."""
+
+    num_blocks: int
+    block_tokens: int
+    num_stages: int
+    max_batches: int
+    max_step_tokens: int
+    max_batch_sequences: int

@@ -1,0 +1,133 @@
+"""What a committed part is, and the list of them.
+
+A part is committed when it has its final name: it was synced and read back under another name before. The list spares a
+resumed run the reading of every part; whatever it lost is read from the parts again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchpipe.errors import OutputError
+from batchpipe.write.crash import crash_point
+from batchpipe.write.durable import publish, sync, write_fully, write_whole, writing
+from batchpipe.write.row_set import Int64Array, Range, RowCounts, from_ranges, summarize, to_ranges
+
+IDENTITY_KEY = "batchpipe.identity_sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """A committed part: `num_rows` completions of the input rows in `row_ranges`."""
+
+    name: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    counts: RowCounts
+    row_ranges: list[Range]
+
+    @property
+    def row_indexes(self) -> Int64Array:
+        return from_ranges(self.row_ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    crc32: int
+    part: msgspec.Raw
+
+
+def commit_part(batches: Sequence[pa.RecordBatch], schema: pa.Schema, temporary: Path, path: Path) -> PartRecord:
+    """Writes one part and gives it its final name; a crash on the way leaves `path` absent or whole.
+
+    Raises OutputError where the disk refuses, or gives back something else than was written.
+    """
+    table = pa.Table.from_batches(batches, schema).combine_chunks()  # many small chunks are written three times slower
+    with writing(path):
+        pq.write_table(
+            table,
+            temporary,
+            compression="zstd",
+            compression_level=3,
+            write_page_index=True,
+        )
+        crash_point("after_tmp_write")
+        sync(temporary)
+    record = describe_part(temporary, path.name, schema.metadata)
+    if record.num_rows != sum(batch.num_rows for batch in batches):
+        raise OutputError(f"{temporary}: holds other rows than were written to it; the disk is not to be trusted.")
+    crash_point("before_rename")
+    with writing(path):
+        publish(temporary, path)
+    crash_point("after_rename")
+    return record
+
+
+def describe_part(path: Path, name: str, metadata: Mapping[bytes, bytes]) -> PartRecord:
+    """Reads a part of the job that `metadata` names. Raises OutputError where it is damaged, or another job's."""
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        part = pq.ParquetFile(path)
+        with part:
+            found = part.metadata.metadata or {}
+            table = part.read(["row_index", "sample_index", "status"])
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{path}: cannot be read as a part of the completions: {error}") from error
+    if found.get(IDENTITY_KEY.encode()) != metadata[IDENTITY_KEY.encode()]:
+        raise OutputError(f"{path}: belongs to another job; move it away, or start over with --fresh.")
+    row_indexes, counts = summarize(table)
+    return PartRecord(name, table.num_rows, path.stat().st_size, sha256, counts, to_ranges(row_indexes))
+
+
+class CommitLog:
+    """`commits.jsonl`: one line a committed part, each with its checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> tuple[list[PartRecord], bool]:
+        """The readable records, and whether they are all that the file holds."""
+        if not self._path.exists():
+            return [], True
+        data = self._path.read_bytes()
+        decoded = [_decode(line) for line in data.split(b"\n") if line]
+        records = [record for record in decoded if record is not None]
+        return records, len(records) == len(decoded) and (not data or data.endswith(b"\n"))
+
+    def append(self, record: PartRecord) -> None:
+        with writing(self._path):
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                write_fully(descriptor, _encode(record))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def rewrite(self, records: Sequence[PartRecord]) -> None:
+        write_whole(self._path, b"".join(map(_encode, records)))
+
+
+def _encode(record: PartRecord) -> bytes:
+    part = msgspec.json.encode(record)
+    return msgspec.json.encode(_Line(zlib.crc32(part), msgspec.Raw(part))) + b"\n"
+
+
+def _decode(text: bytes) -> PartRecord | None:
+    try:
+        line = msgspec.json.decode(text, type=_Line)
+        if zlib.crc32(line.part) != line.crc32:
+            return None
+        return msgspec.json.decode(line.part, type=PartRecord)
+    except msgspec.MsgspecError:
+        return None

@@ -1,0 +1,58 @@
+"""Files that survive a power cut: written whole under another name, synced, renamed, and their folder synced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from batchpipe.errors import OutputError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an error of the operating system (disk full, device error, no permission) into an `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}. What is committed stays as it is; "
+            "once this is mended the same command continues."
+        ) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data`: whoever reads it, now or after a crash, sees the old file or the new one.
+
+    Raises OutputError where the disk refuses.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a synced file its final name, for good."""
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_fully(descriptor: int, data: bytes) -> None:
+    """`os.write` until everything is written; a nearly full disk takes only a part at first."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

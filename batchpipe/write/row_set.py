@@ -1,0 +1,99 @@
+"""Which input rows have an outcome, and what it was: sets and counts of rows, small at a hundred million rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from batchpipe.types import RowStatus
+
+Int64Array = NDArray[np.int64]
+Range = tuple[int, int]  # first and last row index, both in
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """Input rows by outcome. A row with a failed sample is failed, else one with a canceled sample is canceled."""
+
+    succeeded: int = 0
+    failed: int = 0
+    canceled: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.succeeded + self.failed + self.canceled
+
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(self.succeeded + other.succeeded, self.failed + other.failed, self.canceled + other.canceled)
+
+
+class RowSet:
+    """A set of row indexes as a bitmap: an eighth of a byte for every row up to the highest."""
+
+    def __init__(self) -> None:
+        self._bits = np.zeros(1024, dtype=np.uint8)
+        self._length = 0
+
+    def __contains__(self, row_index: object) -> bool:
+        assert isinstance(row_index, int)
+        byte = row_index >> 3
+        bits = self._bits
+        return byte < len(bits) and bool(bits[byte] >> (row_index & 7) & 1)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def overlaps(self, row_indexes: Int64Array) -> bool:
+        """Whether any of the rows is in the set, or comes twice."""
+        if len(np.unique(row_indexes)) != len(row_indexes):
+            return True
+        known = row_indexes[row_indexes >> 3 < len(self._bits)]
+        return bool((self._bits[known >> 3] >> (known & 7) & 1).any())
+
+    def add(self, row_indexes: Int64Array) -> None:
+        """Adds rows that are not in the set."""
+        assert not self.overlaps(row_indexes), "a row is given an outcome twice"
+        if not len(row_indexes):
+            return
+        needed_bytes = (int(row_indexes.max()) >> 3) + 1
+        if needed_bytes > len(self._bits):
+            grown = np.zeros(max(needed_bytes, 2 * len(self._bits)), dtype=np.uint8)
+            grown[: len(self._bits)] = self._bits
+            self._bits = grown
+        np.bitwise_or.at(self._bits, row_indexes >> 3, np.left_shift(1, row_indexes & 7).astype(np.uint8))
+        self._length += len(row_indexes)
+
+
+def summarize(completions: pa.RecordBatch | pa.Table) -> tuple[Int64Array, RowCounts]:
+    """The input rows of completions in which the samples of a row stand together, and how these rows ended."""
+    first_samples = np.flatnonzero(np.asarray(completions.column("sample_index")) == 0)
+    if not len(first_samples):
+        return np.empty(0, dtype=np.int64), RowCounts()
+    status = completions.column("status")
+    failed = np.logical_or.reduceat(np.asarray(pc.equal(status, RowStatus.FAILED.value)), first_samples)
+    canceled = np.logical_or.reduceat(np.asarray(pc.equal(status, RowStatus.CANCELED.value)), first_samples)
+    num_failed = int(failed.sum())
+    num_canceled = int((canceled & ~failed).sum())
+    counts = RowCounts(len(first_samples) - num_failed - num_canceled, num_failed, num_canceled)
+    return np.asarray(completions.column("row_index"))[first_samples], counts
+
+
+def to_ranges(row_indexes: Int64Array) -> list[Range]:
+    """The rows as the fewest ranges, in order."""
+    if not len(row_indexes):
+        return []
+    ordered = np.sort(row_indexes)
+    ends = np.flatnonzero(np.diff(ordered) != 1)
+    firsts = ordered[np.concatenate(([0], ends + 1))]
+    lasts = ordered[np.concatenate((ends, [len(ordered) - 1]))]
+    return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
+
+
+def from_ranges(ranges: Sequence[Range]) -> Int64Array:
+    pieces = [np.arange(first, last + 1, dtype=np.int64) for first, last in ranges]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)

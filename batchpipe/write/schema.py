@@ -1,0 +1,140 @@
+"""The completions table: its columns, and outcomes as one Arrow batch of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchpipe.errors import JobError
+from batchpipe.types import Outcome, SampleOutcome
+
+SCHEMA_VERSION = 1
+
+_OWN_FIELDS = (
+    pa.field("row_id", pa.string()),
+    pa.field("row_index", pa.int64()),
+    pa.field("sample_index", pa.int32()),
+    pa.field("status", pa.string()),
+    pa.field("completion", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("error_code", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("prompt_tokens", pa.int32()),
+    pa.field("completion_tokens", pa.int32()),
+    pa.field("predicted_tokens", pa.int32()),
+)
+_TOKEN_LOGPROBS = pa.struct(
+    [
+        ("token_id", pa.int32()),
+        ("logprob", pa.float32()),
+        ("top_ids", pa.list_(pa.int32())),
+        ("top_logprobs", pa.list_(pa.float32())),
+    ]
+)
+_LOGPROBS_FIELD = pa.field("logprobs", pa.list_(_TOKEN_LOGPROBS))
+
+RESERVED_COLUMNS = frozenset(field.name for field in (*_OWN_FIELDS, _LOGPROBS_FIELD))
+
+
+def completions_schema(carried: pa.Schema, with_logprobs: bool) -> pa.Schema:
+    """The schema of every part: our columns, then the carried ones with their exact types.
+
+    Raises JobError where a carried column clashes or cannot be written to Parquet.
+    """
+    check_no_clash(carried)
+    for field in carried:
+        _check_storable(field)
+    return pa.schema([*_OWN_FIELDS, *([_LOGPROBS_FIELD] if with_logprobs else []), *carried])
+
+
+def check_no_clash(carried: pa.Schema) -> None:
+    """Raises JobError where a carried column has the name of one of ours, or two have one name."""
+    for name in carried.names:
+        if name in RESERVED_COLUMNS:
+            raise JobError(
+                f"output.columns: the input column {name!r} has the name of a column of the completions; "
+                "list the columns to carry in output.columns without it, or rename it in the input."
+            )
+        if carried.names.count(name) > 1:
+            raise JobError(f"output.columns: the input has more than one column {name!r}; rename one of them.")
+
+
+def _check_storable(field: pa.Field) -> None:
+    """A type that Parquet lacks must be found before the first part is due."""
+    try:
+        pq.write_table(pa.schema([field]).empty_table(), pa.BufferOutputStream())
+    except pa.ArrowNotImplementedError as error:
+        raise JobError(
+            f"output.columns: the input column {field.name!r} has the type {field.type}, which Parquet cannot hold; "
+            "leave it out of output.columns."
+        ) from error
+
+
+def to_batch(outcomes: Sequence[Outcome], schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of at least one outcome, the samples of an outcome together.
+
+    Outcomes whose carried columns stand in one Arrow batch come together, so that these are taken column by column.
+    """
+    groups: dict[int, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(id(outcome.key.carried.batch), []).append(outcome)
+    in_order = [outcome for group in groups.values() for outcome in group]
+    num_own = len(_OWN_FIELDS) + (_LOGPROBS_FIELD.name in schema.names)
+    arrays = _own_columns(in_order, with_logprobs=num_own > len(_OWN_FIELDS))
+    if len(schema) > num_own:
+        taken = [_take_carried(group) for group in groups.values()]
+        carried = taken[0] if len(taken) == 1 else pa.concat_batches(taken)
+        assert carried.schema.names == schema.names[num_own:], "carried columns differ from those announced"
+        arrays += carried.columns
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _own_columns(outcomes: list[Outcome], with_logprobs: bool) -> list[pa.Array]:
+    owners = [outcome for outcome in outcomes for _ in outcome.samples]
+    samples = [sample for outcome in outcomes for sample in outcome.samples]
+    columns: list[list[Any]] = [
+        [owner.key.row_id for owner in owners],
+        [owner.key.index for owner in owners],
+        [index for outcome in outcomes for index in range(len(outcome.samples))],
+        [sample.status for sample in samples],
+        [sample.completion for sample in samples],
+        [sample.finish_reason for sample in samples],
+        [sample.error_code for sample in samples],
+        [sample.error_message for sample in samples],
+        [owner.prompt_tokens for owner in owners],
+        [sample.completion_tokens for sample in samples],
+        [owner.predicted_tokens for owner in owners],
+    ]
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, _OWN_FIELDS, strict=True)]
+    if with_logprobs:
+        arrays.append(_logprobs_column(samples))
+    return arrays
+
+
+def _logprobs_column(samples: list[SampleOutcome]) -> pa.Array:
+    offsets = [0]
+    for sample in samples:
+        offsets.append(offsets[-1] + len(sample.logprobs))
+    tokens = [token for sample in samples for token in sample.logprobs]
+    columns: list[list[Any]] = [
+        [token.token_id for token in tokens],
+        [token.logprob for token in tokens],
+        [token.top_ids for token in tokens],
+        [token.top_logprobs for token in tokens],
+    ]
+    fields = list(_TOKEN_LOGPROBS)
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, fields, strict=True)]
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(arrays, fields=fields))
+
+
+def _take_carried(outcomes: list[Outcome]) -> pa.RecordBatch:
+    """The carried rows of outcomes that share one Arrow batch, one a sample; a copy, so that the batch can go."""
+    offsets = [outcome.key.carried.offset for outcome in outcomes for _ in outcome.samples]
+    batch = outcomes[0].key.carried.batch
+    try:
+        return batch.take(pa.array(offsets, pa.int64()))
+    except pa.ArrowNotImplementedError:  # Arrow cannot take from views (string_view), only join slices of them
+        return pa.concat_batches([batch.slice(offset, 1) for offset in offsets])

@@ -1,0 +1,64 @@
+"""The yardstick against attention written as a loop over tokens, and the step's indices against hand-made ones."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from paged_cases import PagedCase, attend_in_chunks
+
+from batchpipe.attention.base import AttentionInputs
+from batchpipe.attention.reference import ReferenceAttention
+from batchpipe.kv.pool import KvPool
+
+
+def attend_token_by_token(case: PagedCase, sequence: int) -> torch.Tensor:
+    """[length, Hq, D] in float64."""
+    query, key, value = (tensor.double() for tensor in case.sequence(sequence))
+    group = query.shape[1] // key.shape[1]
+    output = torch.zeros_like(query)
+    for position in range(len(query)):
+        first = 0 if case.sliding_window is None else max(0, position + 1 - case.sliding_window)
+        for head in range(query.shape[1]):
+            scores = key[first : position + 1, head // group] @ query[position, head] * case.scale
+            if case.softcap is not None:
+                scores = case.softcap * torch.tanh(scores / case.softcap)
+            weights = scores.exp()
+            total = weights.sum() + (0 if case.sinks is None else math.exp(case.sinks[head].item()))
+            output[position, head] = weights @ value[first : position + 1, head // group] / total
+    return output
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True}])
+@pytest.mark.parametrize("sliding_window", [None, 1, 5])
+@pytest.mark.parametrize("block_tokens", [1, 16])
+def test_equals_a_loop_over_tokens(options: dict[str, object], sliding_window: int | None, block_tokens: int) -> None:
+    case = PagedCase.make(
+        lengths=[1, 7, 20], group=2, block_tokens=block_tokens, sliding_window=sliding_window, **options
+    )
+    outputs = attend_in_chunks(ReferenceAttention(), case, chunk_tokens=6)
+    for sequence, output in enumerate(outputs):
+        torch.testing.assert_close(output.double(), attend_token_by_token(case, sequence), atol=2e-6, rtol=1e-5)
+
+
+def test_new_tokens_stand_behind_their_context() -> None:
+    pool = KvPool(9, 1, 1, 4, 16, torch.float32)
+    inputs = AttentionInputs.build(
+        np.array([3, 1], np.int32),
+        np.array([2, 8], np.int32),
+        np.array([[5, 1, 0], [2, 3, 8]], np.int32),
+        pool=pool,
+        backend=ReferenceAttention(),
+    )
+    assert inputs.positions.tolist() == [2, 3, 4, 8]
+    blocks, rows = inputs.slots
+    assert blocks.tolist() == [5, 5, 1, 8]
+    assert rows.tolist() == [2, 3, 0, 0]
+    assert (inputs.num_tokens, inputs.max_query_tokens, inputs.max_total_tokens) == (4, 3, 9)
+
+
+def test_a_short_block_table_is_our_mistake() -> None:
+    pool = KvPool(9, 1, 1, 4, 16, torch.float32)
+    one = np.array([1], np.int32)
+    with pytest.raises(AssertionError, match="block table is too short"):
+        AttentionInputs.build(one, 8 * one, np.array([[5, 1]], np.int32), pool=pool, backend=ReferenceAttention())

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from batchpipe.errors import ModelError
+from batchpipe.model.architectures import SUPPORTED
+from batchpipe.model.describe import describe_model
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_every_supported_model_type_is_tested() -> None:
+    assert {make_config().model_type for make_config in ARCHITECTURES.values()} == set(SUPPORTED)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "qwen3_moe", "gpt_oss"])
+def test_weight_bytes_are_those_of_the_loaded_model(architecture: str) -> None:
+    info = describe_model(tiny_model(architecture))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
+    assert info.weight_bytes == sum(parameter.numel() * 4 for parameter in model.parameters())
+    layers = [sum(p.numel() * 4 for p in layer.parameters()) for layer in model.model.layers]
+    assert list(info.layer_weight_bytes) == layers
+
+
+def test_geometry() -> None:
+    info = describe_model(tiny_model("qwen3"), "bfloat16")
+    assert (info.num_layers, info.num_heads, info.num_kv_heads, info.head_dim) == (4, 4, 2, 16)
+    assert (info.hidden_size, info.vocabulary_size, info.max_context_tokens) == (48, 336, 256)
+    assert (info.architecture, info.eos_token_ids, info.dtype) == ("Qwen3ForCausalLM", (2,), "bfloat16")
+    assert info.kv_bytes_per_token_layer == 2 * 2 * 16 * 2
+
+
+def test_costs_count_the_experts_that_a_token_visits() -> None:
+    info = describe_model(tiny_model("mixtral"))
+    attention, expert, router_and_norms = 48 * 12 * (4 + 4 + 2 + 2), 3 * 48 * 64, 48 * 4 + 2 * 48
+    assert info.layer_costs == (2.0 * (attention + 2 * expert + router_and_norms),) * 4
+    assert info.head_cost == 2.0 * 48 * 336
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "device", "expected"),
+    [
+        ("float32", "auto", "cpu", "float32"),
+        ("bfloat16", "auto", "cuda", "bfloat16"),
+        ("float16", "auto", "cuda", "float16"),
+        ("float16", "auto", "cpu", "bfloat16"),
+        ("float16", "float16", "cpu", "float16"),
+        ("float32", "bfloat16", "cpu", "bfloat16"),
+    ],
+)
+def test_dtype(folder: Path, stored: str, asked: str, device: str, expected: str) -> None:
+    change_config(folder, dtype=stored)
+    assert describe_model(folder, asked, device=device).dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"rope_type": "dynamic", "factor": 4.0}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+    ],
+)
+def test_longest_context(folder: Path, rope: dict[str, Any], expected: int) -> None:
+    change_config(folder, rope_parameters={"rope_theta": 10000.0, **rope})
+    assert describe_model(folder).max_context_tokens == expected
+
+
+def test_longrope_is_held_to_the_trained_length(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model("phi3"), tmp_path / "model"))
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    change_config(folder, rope_parameters=rope, original_max_position_embeddings=64)
+    assert AutoConfig.from_pretrained(folder).max_position_embeddings == 256
+    assert describe_model(folder).max_context_tokens == 64
+
+
+def test_end_tokens_of_the_generation_config_win(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert describe_model(folder).eos_token_ids == (7, 9)
+    (folder / "generation_config.json").write_text("{}")
+    assert describe_model(folder).eos_token_ids == (2,)
+
+
+def test_no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match="has no config.json"):
+        describe_model(folder)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": "many"}, {"num_attention_heads": 0}])
+def test_a_config_that_makes_no_sense(folder: Path, changes: dict[str, Any]) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(ModelError, match=r"config\.json is not understood"):
+        describe_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["JambaForCausalLM"], "model_type": "jamba", "mamba_d_state": 16}, "JambaFor.*state-space"),
+        ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512}, "DeepseekV3.*multi-head latent attention"),
+        ({"architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 8192}, "Llama4.*chunked attention"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "T5For.*an encoder"),
+        ({"vision_config": {"hidden_size": 3}}, "a vision part"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layers of type linear_attention"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*not supported.*llama"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "model.trust_remote_code to true"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(folder: Path, changes: dict[str, Any], message: str) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        describe_model(folder)
+
+
+def test_a_shard_is_missing(folder: Path) -> None:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        weight_map = dict.fromkeys(file.keys(), "model-00001-of-00002.safetensors")
+    weight_map["lm_head.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=r"lacks 1 of 2 weight files.*model-00002-of-00002\.safetensors"):
+        describe_model(folder)
+
+
+def test_only_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="only pickled weights"):
+        describe_model(folder)
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no model.safetensors"):
+        describe_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ((1 << 60).to_bytes(8, "little"), "header claims 1152921504606846976 bytes"),
+        ((8).to_bytes(8, "little") + b"not json", "is damaged"),
+        ((9).to_bytes(8, "little") + b'{"a": []}', "is damaged"),
+        (b"123", "header claims"),
+    ],
+)
+def test_a_damaged_header(folder: Path, header: bytes, message: str) -> None:
+    (folder / "model.safetensors").write_bytes(header)
+    with pytest.raises(ModelError, match=message):
+        describe_model(folder)
+
+
+def test_a_file_cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ModelError, match="is cut short"):
+        describe_model(folder)
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    change_config(folder, vocab_size=300)
+    with pytest.raises(ModelError, match=r"token id \d+ and the model's embedding has 300 rows"):
+        describe_model(folder)

@@ -1,0 +1,220 @@
+"""The planner against a pipeline that would notice any wrong block table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchpipe.execute.fake import FakePipeline, fake_kv
+from batchpipe.plan.planner import Planner
+from batchpipe.types import (
+    Capacity,
+    Carried,
+    Completion,
+    ErrorCode,
+    FinishedRequest,
+    FinishReason,
+    Request,
+    RowKey,
+    SamplingParams,
+)
+
+VOCABULARY, EOS = 97, 96
+NOTHING = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
+
+
+def sampling(**changes: object) -> SamplingParams:
+    values: dict[str, object] = {
+        "max_tokens": 20, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}, "stop": (), "stop_token_ids": (),
+        "ignore_eos": False, "min_tokens": 0, "n": 1, "seed": 0, "logprobs": 0,
+    }  # fmt: skip
+    return SamplingParams(**(values | changes))  # type: ignore[arg-type]
+
+
+def request(index: int, num_prompt: int, *, num_shared: int = 0, **changes: object) -> Request:
+    """A random prompt whose first `num_shared` tokens are those of every other request's."""
+    tokens = np.random.default_rng(index).integers(0, VOCABULARY - 1, num_prompt).astype(np.int32)
+    shared = np.random.default_rng(999).integers(0, VOCABULARY - 1, num_shared).astype(np.int32)
+    tokens[: min(num_shared, num_prompt)] = shared[:num_prompt]
+    return Request(RowKey(index, str(index), Carried(NOTHING, 0)), tokens, sampling(**changes))
+
+
+def capacity(**changes: int) -> Capacity:
+    values = {
+        "num_blocks": 64, "block_tokens": 4, "num_stages": 1, "max_batches": 1, "max_step_tokens": 32,
+        "max_batch_sequences": 8,
+    }  # fmt: skip
+    return Capacity(**(values | changes))
+
+
+def planner_for(offered: Capacity, schedule: str = "hybrid") -> Planner:
+    return Planner(offered, schedule, frozenset({EOS}), lambda seed, row_id, sample: 0, lambda params: None)
+
+
+def expected(request: Request, model: FakePipeline) -> Completion:
+    """What the fake model says with the whole context in one piece."""
+    tokens = request.prompt_token_ids
+    generated: list[int] = []
+    params = request.sampling
+    while True:
+        context = np.concatenate([tokens, np.array(generated, dtype=np.int32)])
+        total = fake_kv(context, np.arange(len(context))).sum(dtype=np.uint64)
+        token = int(model.next_of(np.array([total]))[0])
+        generated.append(token)
+        if (token == EOS and not params.ignore_eos) or token in params.stop_token_ids:
+            return Completion(tuple(generated), FinishReason.STOP)
+        if len(generated) == params.max_tokens:
+            return Completion(tuple(generated), FinishReason.LENGTH)
+
+
+def drive(planner: Planner, pipeline: FakePipeline, requests: list[Request]) -> list[FinishedRequest]:
+    planner.add(requests)
+    finished: list[FinishedRequest] = []
+    while not planner.idle:
+        while planner.num_in_flight < pipeline.capacity.max_batches and (step := planner.next_step()):
+            assert len(step.token_ids) <= pipeline.capacity.max_step_tokens
+            assert len(step.sequence_ids) <= pipeline.capacity.max_batch_sequences
+            pipeline.submit(step)
+        if planner.num_in_flight:
+            planner.record(pipeline.collect())
+        planner.check_integrity()
+        finished += planner.take_finished()
+    return finished
+
+
+def fake(offered: Capacity) -> FakePipeline:
+    return FakePipeline(offered, VOCABULARY, EOS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=30),
+    num_blocks=st.integers(8, 60),
+    block_tokens=st.sampled_from([1, 3, 8]),
+    max_batches=st.integers(1, 4),
+    max_step_tokens=st.integers(8, 64),
+    schedule=st.sampled_from(["hybrid", "separate"]),
+    num_samples=st.integers(1, 3),
+    num_shared=st.sampled_from([0, 9, 25]),
+)
+def test_every_row_ends_once_with_its_own_text(
+    lengths: list[tuple[int, int]],
+    num_blocks: int,
+    block_tokens: int,
+    max_batches: int,
+    max_step_tokens: int,
+    schedule: str,
+    num_samples: int,
+    num_shared: int,
+) -> None:
+    offered = capacity(
+        num_blocks=num_blocks, block_tokens=block_tokens, max_batches=max_batches, max_step_tokens=max_step_tokens
+    )
+    requests = [request(i, p, num_shared=num_shared, max_tokens=m, n=num_samples) for i, (p, m) in enumerate(lengths)]
+    pipeline, planner = fake(offered), planner_for(offered, schedule)
+    finished = drive(planner, pipeline, requests)
+    assert sorted(f.request.key.index for f in finished) == list(range(len(requests)))
+    assert planner.ledger.num_used == 0
+    num_kv_tokens = num_blocks * block_tokens
+    for end in finished:
+        whole = expected(end.request, pipeline)
+        # The last token's KV is never needed.
+        fits = len(end.request.prompt_token_ids) + len(whole.token_ids) - 1 <= num_kv_tokens
+        for completion in end.completions:
+            if fits:
+                assert completion == whole
+            else:
+                assert completion.error_code is ErrorCode.KV_CAPACITY
+                assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
+
+
+def test_memory_short_by_half_preempts_and_loses_nothing() -> None:
+    offered = capacity(num_blocks=24, max_batches=2)
+    requests = [request(i, 10, max_tokens=30, ignore_eos=True) for i in range(12)]
+    pipeline, planner = fake(offered), planner_for(offered)
+    finished = drive(planner, pipeline, requests)
+    assert planner.num_preemptions > 0
+    assert planner.num_recomputed_tokens > 0
+    assert all(end.completions == (expected(end.request, pipeline),) for end in finished)
+    assert len(finished) == 12
+
+
+def test_a_common_beginning_is_computed_once_and_copied() -> None:
+    offered = capacity(num_blocks=400, max_batches=2)
+    requests = [request(i, 30 + i % 5, num_shared=21, max_tokens=3) for i in range(40)]
+    pipeline, planner = fake(offered), planner_for(offered)
+    finished = drive(planner, pipeline, requests)
+    assert all(end.completions == (expected(end.request, pipeline),) for end in finished)
+    assert planner.num_copied_tokens == 21 * 38  # of all but the two in the first step
+
+
+@pytest.mark.parametrize("after_steps", [1, 3, 9])
+def test_a_restarted_pipeline_continues_with_the_same_texts(after_steps: int) -> None:
+    offered = capacity(max_batches=3)
+    requests = [request(i, 5 + i, max_tokens=12) for i in range(20)]
+    pipeline, planner = fake(offered), planner_for(offered)
+    planner.add(requests)
+    for _ in range(after_steps):
+        while planner.num_in_flight < 3 and (step := planner.next_step()):
+            pipeline.submit(step)
+        planner.record(pipeline.collect())
+    pipeline.restart()
+    planner.requeue_all()
+    finished = planner.take_finished() + drive(planner, pipeline, [])
+    assert sorted(end.request.key.index for end in finished) == list(range(20))
+    assert all(end.completions == (expected(end.request, pipeline),) for end in finished)
+
+
+def test_a_prompt_that_can_never_fit_fails_and_the_next_goes_on() -> None:
+    offered = capacity(num_blocks=4)
+    finished = drive(planner_for(offered), fake(offered), [request(0, 17), request(1, 3, max_tokens=2)])
+    by_index = {end.request.key.index: end.completions[0] for end in finished}
+    assert by_index[0].error_code is ErrorCode.KV_CAPACITY
+    assert "engine.kv_device_memory" in (by_index[0].error_message or "")
+    assert by_index[1].error_code is None
+
+
+def test_logits_that_are_not_finite_fail_their_row_only() -> None:
+    offered = capacity()
+    planner = planner_for(offered)
+    pipeline = fake(offered)
+    planner.add([request(0, 3, max_tokens=5, ignore_eos=True), request(1, 3, max_tokens=5, ignore_eos=True)])
+    step = planner.next_step()
+    assert step is not None
+    pipeline.submit(step)
+    result = pipeline.collect()
+    result.token_ids[0] = -1
+    planner.record(result)
+    finished = planner.take_finished() + drive(planner, pipeline, [])
+    codes = {end.request.key.index: end.completions[0].error_code for end in finished}
+    assert codes == {0: ErrorCode.INVALID_LOGITS, 1: None}
+
+
+def test_separate_never_mixes_prefills_and_decodes() -> None:
+    offered = capacity(num_blocks=200)
+    planner, pipeline = planner_for(offered, "separate"), fake(offered)
+    planner.add([request(i, 6, max_tokens=4, ignore_eos=True) for i in range(20)])
+    while not planner.idle:
+        step = planner.next_step()
+        assert step is not None
+        assert len(set(step.context_lengths >= 6)) == 1
+        pipeline.submit(step)
+        planner.record(pipeline.collect())
+
+
+def test_circulating_batches_hold_the_same_number() -> None:
+    offered = capacity(num_blocks=200, max_batches=4, max_batch_sequences=32)
+    planner, pipeline = planner_for(offered, "separate"), fake(offered)
+    planner.add([request(i, 4, max_tokens=9, ignore_eos=True) for i in range(32)])
+    sizes = []
+    while not planner.idle:
+        while planner.num_in_flight < 4 and (step := planner.next_step()):
+            pipeline.submit(step)
+            if (step.query_lengths == 1).all():
+                sizes.append(len(step.sequence_ids))
+        planner.record(pipeline.collect())
+    assert set(sizes) == {8}

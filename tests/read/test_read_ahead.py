@@ -1,0 +1,93 @@
+"""Reading ahead: nothing is lost or reordered, memory is bounded, errors arrive, and the thread always ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from batchpipe.errors import InputError
+from batchpipe.read.ahead import CHUNK_ROWS, Ahead
+
+
+def drained(ahead: Ahead[int], size: int) -> list[int]:
+    rows: list[int] = []
+    while taken := ahead.take(size, block=True):
+        assert len(taken) <= size
+        rows += taken
+    return rows
+
+
+@pytest.mark.parametrize("size", [1, 7, 1_000, 10_000])
+@pytest.mark.parametrize("count", [0, 1, CHUNK_ROWS, 3_000])
+def test_everything_in_order(count: int, size: int) -> None:
+    with Ahead(iter(range(count)), 100) as ahead:
+        assert drained(ahead, size) == list(range(count))
+        assert ahead.exhausted
+        assert ahead.take(5, block=True) == []
+
+
+def test_no_more_is_read_than_there_is_room_for() -> None:
+    read = 0
+    full = threading.Event()
+
+    def rows() -> Iterator[int]:
+        nonlocal read
+        while True:
+            read += 1
+            if read >= 200:
+                full.set()
+            yield read
+
+    with Ahead(rows(), 200) as ahead:
+        assert full.wait(10)
+        while ahead.take(0, block=False) or len(ahead._ready) < 200:
+            pass
+        assert read <= 200 + CHUNK_ROWS
+        assert not ahead.exhausted
+
+
+def test_without_block_nothing_ready_is_an_empty_list() -> None:
+    gate = threading.Event()
+
+    def rows() -> Iterator[int]:
+        gate.wait(10)
+        yield 1
+
+    with Ahead(rows(), 10) as ahead:
+        assert ahead.take(5, block=False) == []
+        assert not ahead.exhausted
+        gate.set()
+        assert ahead.take(5, block=True) == [1]
+
+
+def test_an_error_comes_after_the_rows_before_it() -> None:
+    def rows() -> Iterator[int]:
+        yield from range(CHUNK_ROWS + 10)
+        raise InputError("cut off")
+
+    with Ahead(rows(), 1_000) as ahead:
+        taken = []
+        with pytest.raises(InputError, match="cut off"):
+            while True:
+                taken += ahead.take(50, block=True)
+        assert taken == list(range(CHUNK_ROWS + 10))
+        assert ahead.exhausted
+
+
+def test_leaving_early_ends_thread_and_iterator() -> None:
+    closed = threading.Event()
+
+    def rows() -> Iterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    with pytest.raises(KeyError), Ahead(rows(), 10) as ahead:
+        ahead.take(1, block=True)
+        raise KeyError
+    assert closed.is_set()
+    assert not ahead._thread.is_alive()

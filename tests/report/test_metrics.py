@@ -1,0 +1,86 @@
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchpipe.errors import OutputError
+from batchpipe.report import Meter, RunMetrics, append_metrics, read_metrics
+from batchpipe.report.metrics import METRICS_SCHEMA
+from batchpipe.types import Outcome, RowStatus, StepResult
+from tests.report.run_metrics_case import RUN_METRICS
+from tests.write.completion_cases import outcomes_of, sample
+
+
+def test_columns_are_those_of_the_contract():
+    assert METRICS_SCHEMA.names == [
+        *("run_id", "job_name", "identity_sha256", "model", "revision", "versions", "device_names"),
+        *("started_at", "ended_at", "load_seconds", "generate_seconds", "wall_seconds"),
+        *("rows_total", "rows_succeeded", "rows_failed", "rows_canceled", "prompt_tokens", "completion_tokens"),
+        *("output_tokens_per_second", "total_tokens_per_second", "num_stages", "stage_utilization"),
+        *("phase_switches", "preemptions", "recomputed_tokens", "peak_device_blocks", "peak_host_blocks"),
+        *("host_to_device_bytes", "device_to_host_bytes", "stall_seconds"),
+        *("predictor_mean_absolute_error_tokens", "predictor_sum_error", "planner_seconds"),
+    ]
+
+
+def test_each_run_adds_a_row_of_fixed_types(tmp_path):
+    for run_id in ("first", "second"):
+        append_metrics(tmp_path, RunMetrics(**{**RUN_METRICS, "run_id": run_id}))
+    assert pq.read_schema(tmp_path / "metrics.parquet").equals(METRICS_SCHEMA)
+    first, second = read_metrics(tmp_path)
+    assert (first["run_id"], second["run_id"]) == ("first", "second")
+    assert first["versions"] == {"batchpipe": "0.1.0", "torch": "2.13.0"}
+    assert first["stage_utilization"] == [0.5, 0.75] and first["revision"] is None
+    assert first["started_at"] == datetime(2025, 1, 1, tzinfo=UTC)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.parquet"]
+
+
+def test_rows_always_add_up():
+    with pytest.raises(AssertionError, match="11 rows, but 10 accounted for"):
+        RunMetrics(**{**RUN_METRICS, "rows_total": 11})
+
+
+def test_a_folder_without_metrics_has_none_and_damaged_ones_are_named(tmp_path):
+    assert read_metrics(tmp_path) == []
+    (tmp_path / "metrics.parquet").write_text("not parquet")
+    with pytest.raises(OutputError, match=r"metrics\.parquet: cannot be read as metrics"):
+        append_metrics(tmp_path, RunMetrics(**RUN_METRICS))
+    pq.write_table(pa.table({"other": [1]}), tmp_path / "metrics.parquet")
+    with pytest.raises(OutputError, match=r"metrics\.parquet: cannot be read as metrics"):
+        read_metrics(tmp_path)
+
+
+def step_result(*stage_seconds):
+    return StepResult(step_id=0, token_ids=None, logprobs={}, stage_seconds=stage_seconds)
+
+
+def test_the_meter_sums_tokens_and_stage_time():
+    meter = Meter(num_stages=2)
+    meter.add_step(step_result(1.0, 0.5), num_prompt_tokens=100, num_output_tokens=10)
+    meter.add_step(step_result(2.0, 0.5), num_prompt_tokens=0, num_output_tokens=30)
+    assert meter.measured(generate_seconds=4.0) == {
+        "prompt_tokens": 100,
+        "completion_tokens": 40,
+        "output_tokens_per_second": 10.0,
+        "total_tokens_per_second": 35.0,
+        "num_stages": 2,
+        "stage_utilization": (0.75, 0.25),
+        "predictor_mean_absolute_error_tokens": None,
+        "predictor_sum_error": None,
+    }
+
+
+def test_a_run_without_steps_has_no_rates():
+    assert Meter(num_stages=1).measured(0.0)["stage_utilization"] == (0.0,)
+
+
+def test_the_meter_compares_forecasts_with_what_came():
+    meter = Meter(num_stages=1)
+    key = outcomes_of([1])[0].key
+    for predicted, status in ((5, RowStatus.SUCCEEDED), (2, RowStatus.SUCCEEDED), (9, RowStatus.FAILED)):
+        meter.add_outcomes([Outcome(key, 4, predicted, (sample(status),))])  # a sample that succeeded has 3 tokens
+    meter.add_outcomes(outcomes_of([3]))
+    measured = meter.measured(1.0)
+    assert measured["predictor_mean_absolute_error_tokens"] == 1.5
+    assert measured["predictor_sum_error"] == pytest.approx(1 / 6)

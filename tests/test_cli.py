@@ -1,0 +1,169 @@
+import json
+import logging
+import subprocess
+import sys
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+import batchpipe
+from batchpipe.cli import main
+from batchpipe.doctor import Finding
+from batchpipe.errors import InterruptedRunError, ModelError, OutputError
+
+JOB = "model: {name: some/model}\ninput: {path: rows.jsonl}\noutput: {path: out}\n"
+
+
+@pytest.fixture
+def job_path(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return str(path)
+
+
+def invoke(*arguments, **options):
+    return CliRunner().invoke(main, arguments, prog_name="batchpipe", **options)
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["validate", "--help"]])
+def test_help_loads_nothing_heavy(arguments):
+    check = (
+        "import sys; from batchpipe.cli import main; main(sys.argv[1:], standalone_mode=False);"
+        "print([m for m in ('torch', 'pyarrow', 'transformers', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    done = python("-c", check, *arguments)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_python_m_batchpipe_is_the_command():
+    done = python("-m", "batchpipe", "--version")
+    assert (done.returncode, done.stdout) == (0, f"batchpipe {batchpipe.__version__}\n")
+
+
+def test_commands_are_these():
+    assert sorted(main.commands) == ["doctor", "run", "schema", "status", "validate"]
+    assert [option.name for option in main.commands["run"].params] == ["job_path", "overrides", "fresh"]
+
+
+def test_run_prints_one_json_line_and_ends_with_the_results_code(job_path, monkeypatch):
+    calls = []
+
+    def run(job, *, fresh):
+        calls.append((job, fresh))
+        return SimpleNamespace(summary={"rows_total": 3, "rows_failed": 1}, exit_code=3)
+
+    monkeypatch.setattr(batchpipe, "run", run)
+    done = invoke("run", job_path, "--set", "sampling.seed=1", "--set", "input.limit=2", "--fresh")
+    assert (done.exit_code, json.loads(done.stdout)) == (3, {"rows_total": 3, "rows_failed": 1})
+    job, fresh = calls[0]
+    assert (job.name, job.sampling.seed, job.input.limit, fresh) == ("job", 1, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ModelError("no such model"), 6), (OutputError("in use"), 8), (InterruptedRunError("stopped; run it again"), 75)],
+)
+def test_an_error_of_ours_ends_with_its_code_and_message(job_path, monkeypatch, error, code):
+    def run(job, *, fresh):
+        raise error
+
+    monkeypatch.setattr(batchpipe, "run", run)
+    done = invoke("run", job_path)
+    assert (done.exit_code, done.stdout, done.stderr) == (code, "", f"batchpipe: {error}\n")
+
+
+def test_a_key_pressed_before_the_run_began_loses_nothing(job_path, monkeypatch):
+    def run(job, *, fresh):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batchpipe, "run", run)
+    done = invoke("run", job_path)
+    assert done.exit_code == 75
+    assert done.stderr == "batchpipe: interrupted; the same command starts or continues the job\n"
+
+
+def test_a_crash_of_ours_shows_its_traceback(job_path):
+    crash = (
+        "import sys, batchpipe\nfrom batchpipe.cli import main\n"
+        "def run(job, *, fresh): raise ZeroDivisionError('ours')\n"
+        "batchpipe.run = run\nmain(['run', sys.argv[1]])"
+    )
+    done = python("-c", crash, job_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ZeroDivisionError: ours\n")
+
+
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_a_wrong_job_file_ends_with_2_before_anything_is_loaded(tmp_path, command):
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB + "engin: {}\n")
+    done = invoke(command, str(path))
+    assert done.exit_code == 2
+    assert done.stderr == f"batchpipe: {path}: cannot be run as it is:\n  engin: unknown key; did you mean 'engine'?\n"
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["rum"], ["run", "a", "b"], ["run", "--fresch", "a"]])
+def test_wrong_usage_ends_with_2(arguments):
+    assert invoke(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(("failed", "code"), [(0, 0), (2, 3)])
+def test_validate_reports_rows_and_problems(job_path, monkeypatch, failed, code):
+    report = {"rows": 5, "failed": failed, "problems": ["row 3: empty_prompt"] * failed}
+    fake = SimpleNamespace(validate_job=lambda job: report)
+    monkeypatch.setitem(sys.modules, "batchpipe.validate", fake)
+    done = invoke("validate", job_path)
+    assert (done.exit_code, json.loads(done.stdout)) == (code, report)
+    assert done.stderr == "row 3: empty_prompt\n" * failed
+
+
+def test_status_prints_what_is_known_of_a_folder(tmp_path, monkeypatch):
+    started_at = datetime(2024, 1, 31, tzinfo=UTC)
+    fake = SimpleNamespace(status_of=lambda folder: {"folder": folder.name, "last_run": {"started_at": started_at}})
+    monkeypatch.setitem(sys.modules, "batchpipe.status", fake)
+    done = invoke("status", str(tmp_path / "runs"))
+    assert (done.exit_code, json.loads(done.stdout)) == (
+        0,
+        {"folder": "runs", "last_run": {"started_at": "2024-01-31T00:00:00+00:00"}},
+    )
+
+
+def test_schema_is_a_json_schema():
+    done = invoke("schema")
+    schema = json.loads(done.stdout)
+    assert done.exit_code == 0
+    assert {"model", "input", "sampling", "engine", "output"} <= schema["properties"].keys()
+    assert schema["required"] == ["model", "input", "output"]
+
+
+@pytest.mark.parametrize(("is_broken", "code"), [(False, 0), (True, 1)])
+def test_doctor_says_what_is_broken(monkeypatch, is_broken, code):
+    findings = [Finding("cpu", 2, "2 cores"), Finding("cache folder", "/c", "/c", "move it", is_broken=is_broken)]
+    monkeypatch.setattr("batchpipe.doctor.examine", lambda: findings)
+    done = invoke("doctor")
+    assert (done.exit_code, json.loads(done.stdout)) == (code, {"cpu": 2, "cache folder": "/c"})
+    assert done.stderr.splitlines() == [
+        "ok      cpu: 2 cores",
+        f"{'BROKEN' if is_broken else 'note  '}  cache folder: /c (move it)",
+    ]
+
+
+def test_log_level_comes_from_the_environment(monkeypatch):
+    settings = {}
+    monkeypatch.setattr(logging, "basicConfig", lambda **given: settings.update(given))
+    assert invoke("schema", env={"BATCHPIPE_LOG_LEVEL": "info"}).exit_code == 0
+    assert settings["level"] == "INFO"
+
+
+def test_unknown_log_level_is_wrong_usage():
+    done = invoke("schema", env={"BATCHPIPE_LOG_LEVEL": "loud"})
+    assert done.exit_code == 2
+    assert "BATCHPIPE_LOG_LEVEL: 'LOUD' is not one of DEBUG, INFO" in done.stderr

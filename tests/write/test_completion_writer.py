@@ -1,0 +1,305 @@
+"""Every row once, whatever is killed and whenever."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import batchpipe
+from batchpipe.errors import InterruptedRunError, OutputError
+from batchpipe.write import CompletionWriter, RowCounts, commit, crash, durable, folder, writer
+from tests.write.completion_cases import (
+    IDENTITY,
+    SCHEMA,
+    open_folder,
+    outcomes_of,
+    read_completions,
+    row_indexes,
+    run_job,
+)
+
+CRASH_POINTS = [
+    "after_log_append",
+    "after_tmp_write",
+    "before_rename",
+    "after_rename",
+    "before_commit_record",
+    "after_commit_record",
+    "before_manifest",
+    "before_success",
+]
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_in_a_process(path: Path, total_rows: int, prelude: str = "", **environment: str) -> subprocess.CompletedProcess:
+    code = (
+        f"{prelude}\nimport sys, pathlib\nfrom tests.write.completion_cases import run_job\n"
+        "run_job(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, path, str(total_rows)],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_finished_output_holds_all_rows_and_says_so(tmp_path):
+    run_job(tmp_path, 25)
+    assert row_indexes(tmp_path) == list(range(25))
+    assert (tmp_path / "_SUCCESS").read_bytes() == b""
+    manifest = json.loads((tmp_path / "_batchpipe" / "manifest.json").read_bytes())
+    assert manifest["rows"] == {"succeeded": 21, "failed": 4, "canceled": 0}
+    assert [(part["name"], part["rows"]) for part in manifest["parts"]] == [
+        ("part-00000.parquet", 10),
+        ("part-00001.parquet", 10),
+        ("part-00002.parquet", 5),
+    ]
+    assert sorted(path.name for path in (tmp_path / "_batchpipe").iterdir()) == [
+        "commits.jsonl",
+        "identity.json",
+        "job.yaml",
+        "lock",
+        "manifest.json",
+    ]
+    with open_folder(tmp_path) as again:
+        assert again.finished and len(again.done) == 25
+
+
+def test_a_part_says_in_its_footer_whose_it_is(tmp_path):
+    run_job(tmp_path, 3)
+    file = pq.ParquetFile(tmp_path / "completions" / "part-00000.parquet")
+    with file:
+        assert file.schema_arrow.equals(SCHEMA)
+        metadata = {key: value for key, value in file.metadata.metadata.items() if key.startswith(b"batchpipe.")}
+        assert metadata == {
+            b"batchpipe.version": batchpipe.__version__.encode(),
+            b"batchpipe.model": b"tiny",
+            b"batchpipe.revision": b"abc",
+            b"batchpipe.identity_sha256": IDENTITY.sha256.encode(),
+            b"batchpipe.schema_version": b"1",
+        }
+        column = file.metadata.row_group(0).column(0)
+        assert column.compression == "ZSTD" and column.has_offset_index
+
+
+def test_other_readers_read_the_parts(tmp_path):
+    import datasets
+    import pandas
+
+    run_job(tmp_path, 25)
+    completions = tmp_path / "completions"
+    frame = pandas.read_parquet(completions)
+    assert sorted(frame["row_index"]) == list(range(25)) and (frame["status"] == "failed").sum() == 4
+    assert pyarrow.dataset.dataset(tmp_path / "completions").to_table().num_rows == 25
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(completions / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert sorted(loaded["row_id"]) == sorted(f"row {i}" for i in range(25))
+
+
+def test_an_empty_input_makes_an_empty_table_with_all_columns(tmp_path):
+    run_job(tmp_path, 0)
+    run_job(tmp_path, 0)
+    assert read_completions(tmp_path).schema.equals(SCHEMA) and row_indexes(tmp_path) == []
+
+
+def test_samples_of_a_row_are_never_split_between_parts(tmp_path):
+    with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=4) as completions:
+        completions.write(outcomes_of(range(5), num_samples=3))
+        completions.finish(5)
+        assert completions.counts == RowCounts(succeeded=4, failed=1)
+    sizes = [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "completions").iterdir())]
+    assert sizes == [6, 6, 3]
+
+
+def test_a_row_that_has_an_outcome_is_our_mistake(tmp_path):
+    with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=100) as completions:
+        completions.write(outcomes_of([1, 2]))
+        with pytest.raises(AssertionError, match="given an outcome twice"):
+            completions.write(outcomes_of([2, 3]))
+    assert row_indexes(tmp_path) == [1, 2]
+
+
+def test_an_output_that_lacks_rows_is_not_declared_complete(tmp_path):
+    with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=100) as completions:
+        completions.write(outcomes_of(range(4)))
+        with pytest.raises(AssertionError, match="4 rows committed of 5"):
+            completions.finish(5)
+    assert not (tmp_path / "_SUCCESS").exists()
+
+
+def test_an_interrupted_run_commits_what_it_has(tmp_path):
+    with (
+        pytest.raises(InterruptedRunError),
+        open_folder(tmp_path) as output,
+        CompletionWriter(output, part_rows=100) as completions,
+    ):
+        completions.write(outcomes_of([5, 0, 3]))
+        raise InterruptedRunError("SIGTERM")
+    assert row_indexes(tmp_path) == [0, 3, 5]
+    run_job(tmp_path, 8)
+    assert row_indexes(tmp_path) == list(range(8))
+
+
+def test_the_log_is_synced_when_it_is_due(tmp_path, monkeypatch):
+    now_seconds = [100.0]
+    synced = []
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now_seconds[0])
+    monkeypatch.setattr(writer.RowLog, "sync", lambda log: synced.append(log.path.name))
+    with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=100) as completions:
+        completions.write(outcomes_of([0]))
+        now_seconds[0] += 0.9
+        completions.write([])
+        assert synced == []
+        now_seconds[0] += 0.2
+        completions.write([])
+        completions.write([])
+    assert synced == ["rows-00000.log"]
+
+
+@pytest.mark.parametrize("point", [*CRASH_POINTS, "after_log_append:6", "after_rename:2", "after_commit_record:3"])
+def test_a_killed_process_loses_and_doubles_nothing(tmp_path, point):
+    died = run_in_a_process(tmp_path, 25, BATCHPIPE_CRASH_AT=point)
+    assert died.returncode == 137, died.stderr
+    assert not (tmp_path / "_SUCCESS").exists()
+    with open_folder(tmp_path) as output:
+        assert len(output.done) >= 3  # the first write returned, or was logged
+    run_job(tmp_path, 25)
+    assert row_indexes(tmp_path) == list(range(25))
+    assert (tmp_path / "_SUCCESS").exists()
+
+
+class Died(OutputError):
+    """Stands for the death of the process: nothing more reaches the disk after it."""
+
+
+def fail_at(wanted: str, occurrence: int):
+    passed = []
+
+    def crash_point(name: str) -> None:
+        passed.append(name)
+        if passed.count(wanted) >= occurrence:
+            raise Died(name)
+
+    return crash_point
+
+
+DEATH = st.tuples(st.sampled_from(CRASH_POINTS), st.integers(1, 4))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    total_rows=st.integers(0, 40),
+    runs=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 7), DEATH), max_size=4),
+)
+def test_any_runs_and_deaths_end_with_every_row_once(tmp_path_factory, total_rows, runs):
+    path = tmp_path_factory.mktemp("run")
+    for part_rows, write_rows, (point, occurrence) in runs:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (commit, folder, writer):
+                patch.setattr(module, "crash_point", fail_at(point, occurrence))
+            try:
+                run_job(path, total_rows, part_rows, write_rows)
+            except Died:
+                continue
+    run_job(path, total_rows)
+    assert row_indexes(path) == list(range(total_rows))
+    with open_folder(path) as output:
+        assert output.finished and output.counts.total == len(output.done) == total_rows
+
+
+def test_a_torn_row_log_costs_only_the_torn_rows(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "crash_point", fail_at("after_log_append", 3))
+        with pytest.raises(Died):
+            run_job(tmp_path, 9, part_rows=100)
+    log = tmp_path / "_batchpipe" / "rows-00000.log"
+    log.write_bytes(log.read_bytes()[:-1])
+    with open_folder(tmp_path) as output:
+        assert [index in output.done for index in range(9)] == [True] * 6 + [False] * 3
+    assert row_indexes(tmp_path) == list(range(6))
+
+
+@pytest.mark.parametrize("place", ["write", "fsync", "replace"])
+def test_a_disk_that_refuses_is_named_and_the_next_run_goes_on(tmp_path, place):
+    with pytest.raises(Died), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "crash_point", fail_at("after_rename", 1))
+        run_job(tmp_path, 12, part_rows=5)
+    (committed,) = (tmp_path / "completions").iterdir()
+    data = committed.read_bytes()
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable.os, place, refuse)
+        with pytest.raises(OutputError, match="No space left on device.*the same command continues"):
+            run_job(tmp_path, 12)
+    assert committed.read_bytes() == data
+    run_job(tmp_path, 12)
+    assert row_indexes(tmp_path) == list(range(12))
+
+
+@pytest.mark.parametrize("limit_bytes", [3000, 6000, 9000])
+def test_a_real_limit_on_file_size(tmp_path, limit_bytes):
+    run_job(tmp_path / "run", 4)
+    before = row_indexes(tmp_path / "run")
+    (tmp_path / "run" / "_SUCCESS").unlink()
+    prelude = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes}))"
+    ended = run_in_a_process(tmp_path / "run", 400, prelude)
+    assert ended.returncode == 1
+    assert "batchpipe.errors.OutputError" in ended.stderr and "File too large" in ended.stderr
+    assert set(row_indexes(tmp_path / "run")) >= set(before)
+    run_job(tmp_path / "run", 400)
+    assert row_indexes(tmp_path / "run") == list(range(400))
+
+
+def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with (
+        pytest.raises(OutputError, match=r"part-00000\.parquet: cannot be written: Input/output error"),
+        open_folder(tmp_path) as output,
+        CompletionWriter(output, part_rows=2) as completions,
+    ):
+        monkeypatch.setattr(pq, "write_table", refuse)
+        completions.write(outcomes_of([0, 1]))
+        completions.write(outcomes_of([2, 3]))
+    monkeypatch.undo()
+    run_job(tmp_path, 6)
+    assert row_indexes(tmp_path) == list(range(6))
+
+
+def test_a_disk_that_gives_back_other_rows_is_not_trusted(tmp_path, monkeypatch):
+    real_write_table = pq.write_table
+    monkeypatch.setattr(pq, "write_table", lambda table, *args, **more: real_write_table(table.slice(1), *args, **more))
+    with (
+        pytest.raises(OutputError, match="holds other rows than were written"),
+        open_folder(tmp_path) as output,
+        CompletionWriter(output, part_rows=2) as completions,
+    ):
+        completions.write(outcomes_of([0, 1]))
+        completions.finish(2)
+    assert not list((tmp_path / "completions").iterdir())
+
+
+def test_a_crash_point_strikes_the_time_it_was_told_to(monkeypatch):
+    ended = []
+    monkeypatch.setattr(crash.os, "_exit", ended.append)
+    monkeypatch.setenv(crash.CRASH_VARIABLE, "here:2")
+    monkeypatch.setattr(crash, "_times_passed", type(crash._times_passed)())
+    for name in ("here", "there", "here", "here"):
+        crash.crash_point(name)
+    assert ended == [137]
