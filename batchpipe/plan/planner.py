@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
-import numpy as np
-
 from batchpipe.kv.ledger import BlockLedger
+from batchpipe.plan.beginnings import Beginnings
 from batchpipe.plan.schedules import SCHEDULES, View
 from batchpipe.plan.sequence import RequestGroup, Sequence, StopMatcher
 from batchpipe.plan.step_builder import BlockTables, Chunk, build_step
@@ -22,7 +21,6 @@ from batchpipe.types import (
     ErrorCode,
     FinishedRequest,
     FinishReason,
-    Int32Array,
     Request,
     SamplingParams,
     Step,
@@ -31,8 +29,6 @@ from batchpipe.types import (
 
 # Admission leaves this part of the pool free for the decodes that already run, so that it does not cause preemptions.
 ADMISSION_RESERVE = 0.05
-# A beginning shorter than this is computed anew: copying its block costs about as much.
-MIN_COPIED_TOKENS = 8
 
 
 class Planner:
@@ -48,7 +44,7 @@ class Planner:
         self.ledger = BlockLedger(capacity.num_blocks, capacity.block_tokens)
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
-        self.num_copied_tokens = 0
+        self.beginnings = Beginnings()
         self.num_phase_switches = 0  # from steps that prefill to steps that only decode, and back
         self._schedule = SCHEDULES[schedule]
         self._eos_token_ids = eos_token_ids
@@ -61,9 +57,6 @@ class Planner:
         self._running: dict[int, Sequence] = {}  # in order of admission
         self._in_flight: dict[int, tuple[Chunk, ...]] = {}
         self._tables = BlockTables(self._max_running)
-        # A running sequence and how many of its prompt's tokens have KV once the steps so far are done: prompts that
-        # begin alike (a chat template's system text, few-shot examples) copy that KV and do not compute it.
-        self._donor: tuple[Sequence, int] | None = None
         self._copied_blocks: list[tuple[int, int]] = []
         self._started: list[Sequence] = []
         self._released: list[int] = []
@@ -129,7 +122,7 @@ class Planner:
         self._next_step_id += 1
         self._started, self._released, self._copied_blocks = [], [], []
         if whole := [chunk.sequence for chunk in prefills if chunk.samples]:
-            self._donor = whole[-1], len(whole[-1].prompt)
+            self.beginnings.learn(whole[-1])
         self._in_flight[step.step_id] = tuple(chunks)
         return step
 
@@ -238,16 +231,11 @@ class Planner:
         return True
 
     def _copy_beginning(self, sequence: Sequence, blocks: list[int]) -> None:
-        if self._donor is None:
-            return
-        donor, num_known = self._donor
-        num_alike = common_length(donor.prompt[:num_known], sequence.prompt[: sequence.num_tokens - 1])
-        if num_alike < MIN_COPIED_TOKENS:
-            return
-        sources = self.ledger.owned(donor.sequence_id)[: self.ledger.blocks_for(num_alike)]
-        self._copied_blocks += zip(sources, blocks, strict=False)
-        sequence.num_scheduled = num_alike
-        self.num_copied_tokens += num_alike
+        found = self.beginnings.take(sequence)
+        if found is not None:
+            donor, sequence.num_scheduled = found
+            sources = self.ledger.owned(donor.sequence_id)[: self.ledger.blocks_for(sequence.num_scheduled)]
+            self._copied_blocks += zip(sources, blocks, strict=False)
 
     def _hold(self, sequence: Sequence) -> bool:
         """Makes sure of a block for the sequence's next token, at the cost of later sequences if need be."""
@@ -279,9 +267,7 @@ class Planner:
         del self._running[sequence.sequence_id]
         self.ledger.release(sequence.sequence_id)
         self._tables.release_slot(sequence.slot)
-        if self._donor is not None and self._donor[0] is sequence:
-            other = next(iter(self._running.values()), None)
-            self._donor = None if other is None else (other, min(other.num_scheduled, len(other.prompt)))
+        self.beginnings.forget(sequence, self._running.values())
         for queue in (self._ready, self._prefilling):
             if sequence in queue:
                 queue.remove(sequence)
@@ -356,10 +342,3 @@ class Planner:
         )
         self._next_sequence_id += 1
         return sequence
-
-
-def common_length(first: Int32Array, second: Int32Array) -> int:
-    """How many tokens two prompts begin with in common."""
-    length = min(len(first), len(second))
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if len(different) else length

@@ -149,7 +149,7 @@ def test_a_common_beginning_is_computed_once_and_copied() -> None:
     pipeline, planner = fake(offered), planner_for(offered)
     finished = drive(planner, pipeline, requests)
     assert all(end.completions == (expected(end.request, pipeline),) for end in finished)
-    assert planner.num_copied_tokens == 21 * 38  # of all but the two in the first step
+    assert planner.beginnings.num_copied_tokens == 21 * 38  # of all but the two in the first step
 
 
 @pytest.mark.parametrize("after_steps", [1, 3, 9])

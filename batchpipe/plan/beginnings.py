@@ -1,0 +1,51 @@
+"""Prompts that begin alike: the KV of the beginning is copied from a sequence that has it, not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from batchpipe.plan.sequence import Sequence
+from batchpipe.types import Int32Array
+
+# A beginning shorter than this is computed anew: copying its block costs about as much.
+MIN_COPIED_TOKENS = 8
+
+
+class Beginnings:
+    """Remembers one running sequence, the donor, and how much of its prompt has KV once the steps so far are done."""
+
+    def __init__(self) -> None:
+        self.num_copied_tokens = 0
+        self._donor: Sequence | None = None
+        self._num_known = 0
+
+    def learn(self, sequence: Sequence) -> None:
+        """The step just built completes this sequence's prompt: later steps may copy from it."""
+        self._donor, self._num_known = sequence, len(sequence.prompt)
+
+    def forget(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
+        """The sequence gives its blocks back; if it was the donor, the oldest that runs takes its place."""
+        if self._donor is not sequence:
+            return
+        self._donor = next(iter(running), None)
+        self._num_known = 0 if self._donor is None else min(self._donor.num_scheduled, len(self._donor.prompt))
+
+    def take(self, sequence: Sequence) -> tuple[Sequence, int] | None:
+        """Whom to copy from for a newly admitted sequence, and how many tokens; its last token is always computed."""
+        if self._donor is None:
+            return None
+        known = self._donor.prompt[: self._num_known]
+        num_alike = common_length(known, sequence.prompt[: sequence.num_tokens - 1])
+        if num_alike < MIN_COPIED_TOKENS:
+            return None
+        self.num_copied_tokens += num_alike
+        return self._donor, num_alike
+
+
+def common_length(first: Int32Array, second: Int32Array) -> int:
+    """How many tokens two prompts begin with in common."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
