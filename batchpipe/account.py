@@ -31,6 +31,7 @@ class Account:
     def metrics(self, prepared: Prepared, engine: Engine, counts: RowCounts) -> RunMetrics:
         now_seconds = perf_counter()
         generate_seconds = now_seconds - self._loaded_seconds
+        planners = [replica.planner for replica in engine.replicas]
         versions = {"batchpipe": batchpipe.__version__, "python": platform.python_version()}
         return RunMetrics(
             run_id=uuid.uuid4().hex,
@@ -50,13 +51,13 @@ class Account:
             rows_failed=counts.failed,
             rows_canceled=counts.canceled,
             **engine.meter.measured(generate_seconds),
-            phase_switches=engine.planner.num_phase_switches,
-            preemptions=engine.planner.num_preemptions,
-            recomputed_tokens=engine.planner.num_recomputed_tokens,
-            peak_device_blocks=engine.planner.ledger.peak_used_blocks,
+            phase_switches=sum(planner.num_phase_switches for planner in planners),
+            preemptions=sum(planner.num_preemptions for planner in planners),
+            recomputed_tokens=sum(planner.num_recomputed_tokens for planner in planners),
+            peak_device_blocks=sum(planner.ledger.peak_used_blocks for planner in planners),
             peak_host_blocks=0,
             host_to_device_bytes=0,
             device_to_host_bytes=0,
             stall_seconds=0.0,
-            planner_seconds=engine.planner_seconds,
+            planner_seconds=sum(replica.planner_seconds for replica in engine.replicas),
         )

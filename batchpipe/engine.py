@@ -1,103 +1,85 @@
-"""Planner and pipeline as one thing: requests go in, finished requests come out."""
+"""All model copies as one thing: requests go in, finished requests come out."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
-from time import perf_counter
+import select
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
-from batchpipe.errors import WorkerError
 from batchpipe.execute.base import Pipeline
-from batchpipe.plan.planner import Planner
 from batchpipe.plan.sequence import StopMatcher
+from batchpipe.replica import Replica
 from batchpipe.report.meter import Meter
-from batchpipe.sample.rng import stream_of
-from batchpipe.types import FinishedRequest, Request, SamplingParams, Step, StepResult
-
-logger = logging.getLogger(__name__)
+from batchpipe.types import FinishedRequest, Request, SamplingParams
 
 # Requests that wait, read and tokenised, for each sequence that may run: enough that the engine never starves.
 WAITING_PER_RUNNING = 2
+# Beyond this a silent replica is asked for its result, and says itself which stage does not answer.
+SILENCE_SECONDS = 60.0
 
 
 class Engine:
-    """Keeps the pipeline full with the planner's steps. Survives the loss of a worker once."""
+    """Replicas fed from one line of requests: each takes as many as it can run, and as many again to choose from."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipelines: Sequence[Pipeline],
         schedule: str,
         eos_token_ids: frozenset[int],
         matcher_of: Callable[[SamplingParams], StopMatcher | None],
     ) -> None:
-        capacity = pipeline.capacity
-        self.planner = Planner(capacity, schedule, eos_token_ids, stream_of, matcher_of)
-        self.meter = Meter(capacity.num_stages)
-        self.planner_seconds = 0.0
-        self._pipeline = pipeline
-        self._window = WAITING_PER_RUNNING * capacity.max_batches * capacity.max_batch_sequences
-        self._num_new_prompt_tokens = 0
-        self._restarted = False
+        assert pipelines
+        self.meter = Meter(pipelines[0].capacity.num_stages, len(pipelines))
+        self.replicas = [
+            Replica(index, pipeline, self.meter, schedule, eos_token_ids, matcher_of)
+            for index, pipeline in enumerate(pipelines)
+        ]
+        self._line: deque[Request] = deque()
+        self._window = WAITING_PER_RUNNING * sum(replica.max_running for replica in self.replicas)
 
     @property
     def idle(self) -> bool:
-        return self.planner.idle
+        """Nothing waits and nothing runs."""
+        return not self._line and all(replica.planner.idle for replica in self.replicas)
 
     @property
     def device_names(self) -> tuple[str, ...]:
-        return self._pipeline.device_names
+        """One name a stage, the first replica's stages first."""
+        return tuple(name for replica in self.replicas for name in replica.device_names)
 
     @property
     def room(self) -> int:
         """How many more requests should wait in line."""
-        return max(0, self._window - self.planner.num_waiting)
+        num_waiting = len(self._line) + sum(replica.planner.num_waiting for replica in self.replicas)
+        return max(0, self._window - num_waiting)
 
     def add(self, requests: Iterable[Request]) -> None:
-        self.planner.add(requests)
+        self._line.extend(requests)
 
     def advance(self) -> list[FinishedRequest]:
-        """Submits what fits, waits for the oldest step in flight, and gives the requests that ended with it."""
-        while self.planner.num_in_flight < self._pipeline.capacity.max_batches and (step := self._plan()):
-            self._submit(step)
-        if self.planner.num_in_flight:
-            self._collect()
-        return self.planner.take_finished()
+        """Submits what fits, waits until a step in flight is done, and gives the requests that ended with it."""
+        self._feed()
+        for replica in self.replicas:
+            replica.submit()
+        return [end for replica in self._wait() for end in replica.collect()]
 
-    def _plan(self) -> Step | None:
-        started = perf_counter()
-        step = self.planner.next_step()
-        self.planner_seconds += perf_counter() - started
-        return step
+    def _feed(self) -> None:
+        """Every request goes to the replica with the least to do; the line's rest waits for whoever is done first."""
+        while self._line:
+            takers = [replica for replica in self.replicas if replica.planner.num_waiting < replica.max_running]
+            if not takers:
+                return
+            min(takers, key=lambda replica: replica.num_open / replica.max_running).add([self._line.popleft()])
 
-    def _submit(self, step: Step) -> None:
-        try:
-            self._pipeline.submit(step)
-        except WorkerError as error:
-            self._restart(error)
-            return
-        first_time = (start for start in step.started if not start.generated_token_ids)
-        self._num_new_prompt_tokens += sum(len(start.prompt_token_ids) for start in first_time)
-
-    def _collect(self) -> None:
-        try:
-            result = self._pipeline.collect()
-        except WorkerError as error:
-            self._restart(error)
-            return
-        self._record(result)
-
-    def _record(self, result: StepResult) -> None:
-        started = perf_counter()
-        self.planner.record(result)
-        self.planner_seconds += perf_counter() - started
-        self.meter.add_step(result, self._num_new_prompt_tokens, len(result.token_ids))
-        self._num_new_prompt_tokens = 0
-
-    def _restart(self, error: WorkerError) -> None:
-        """The controller holds every token, so only KV is lost; a second loss is not an accident any more."""
-        if self._restarted:
-            raise error
-        self._restarted = True
-        logger.warning("%s; starting the pipeline again, rows in flight are computed anew", error)
-        self._pipeline.restart()
-        self.planner.requeue_all()
+    def _wait(self) -> list[Replica]:
+        """The replicas to collect from, once there is one; those that only have failures to give are among them."""
+        idle = [replica for replica in self.replicas if not replica.busy]
+        busy = [replica for replica in self.replicas if replica.busy]
+        if len(busy) <= 1:
+            return idle + busy
+        ready = [replica for replica in busy if replica.ready()]
+        if not ready:
+            sockets = [socket for replica in busy for socket in replica.sockets]
+            readable, _, _ = select.select(sockets, [], [], SILENCE_SECONDS)
+            ready = [replica for replica in busy if replica.ready()] if readable else busy[:1]
+        return idle + ready

@@ -13,7 +13,7 @@ from batchpipe.collector import calm_collector
 from batchpipe.engine import Engine
 from batchpipe.errors import InterruptedRunError, TooManyFailedError
 from batchpipe.execute.base import Pipeline
-from batchpipe.execute.open import open_pipeline
+from batchpipe.execute.open import open_pipelines
 from batchpipe.interrupt import Interrupt
 from batchpipe.job import Job, load_job
 from batchpipe.job.spec import EngineSpec
@@ -28,7 +28,7 @@ from batchpipe.types import FailedRow, Request
 from batchpipe.write.row_set import RowCounts
 from batchpipe.write.writer import CompletionWriter
 
-OpenPipeline = Callable[[EngineSpec, ModelInfo], Pipeline]
+OpenPipelines = Callable[[EngineSpec, ModelInfo], Sequence[Pipeline]]
 
 # Rows read and tokenised before the engine asks for them; a few tens of megabytes with long prompts.
 AHEAD_ROWS = 4096
@@ -40,9 +40,9 @@ def run_job(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     fresh: bool = False,
-    open_pipeline: OpenPipeline = open_pipeline,
+    open_pipelines: OpenPipelines = open_pipelines,
 ) -> Result:
-    """See `batchpipe.run`; `open_pipeline` is how tests and simulations bring their own engine."""
+    """See `batchpipe.run`; `open_pipelines` is how tests and simulations bring their own engine."""
     account = Account()
     prepared = prepare(load_job(job, overrides))
     with prepared.open_output(fresh) as folder:
@@ -51,12 +51,14 @@ def run_job(
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
-            pipeline = stack.enter_context(open_pipeline(prepared.job.engine, prepared.info))
+            pipelines = open_pipelines(prepared.job.engine, prepared.info)
+            for pipeline in pipelines:
+                stack.enter_context(pipeline)
             stack.enter_context(calm_collector())
             account.loaded()
             writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
             progress = stack.enter_context(Progress(prepared.source.num_rows()))
-            engine = Engine(pipeline, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of)
+            engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of)
             stop: str | None = None
             while stop is None and not (engine.idle and ahead.exhausted):
                 items = ahead.take(engine.room, block=engine.idle)

@@ -49,7 +49,7 @@ def write_input(path: Path, num_rows: int) -> None:
             writer.write_table(pa.table(columns, schema))
 
 
-def open_fake(engine: EngineSpec, info: ModelInfo) -> Pipeline:
+def open_fake(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
     capacity = Capacity(
         num_blocks=4096,
         block_tokens=64,
@@ -58,7 +58,7 @@ def open_fake(engine: EngineSpec, info: ModelInfo) -> Pipeline:
         max_step_tokens=16384,
         max_batch_sequences=256,
     )
-    return FakePipeline(capacity, info.vocabulary_size, info.eos_token_ids[0], eos_every=2)
+    return [FakePipeline(capacity, info.vocabulary_size, info.eos_token_ids[0], eos_every=2)]
 
 
 class Memory(threading.Thread):
@@ -97,7 +97,7 @@ def main() -> None:
         profiler = cProfile.Profile()
         if args.profile:
             profiler.enable()
-        result = run_job(job, open_pipeline=open_fake)
+        result = run_job(job, open_pipelines=open_fake)
         profiler.disable()
         memory.ended.set()
         if args.profile:

@@ -18,7 +18,7 @@ RUNGS = {
     "kv": 3, "attention": 3, "native": 3, "model": 3, "sample": 3,
     "execute": 4,
     "engine": 5, "prepare": 5, "account": 5, "run_job": 5, "validate": 5, "status": 5, "doctor": 5, "interrupt": 5,
-    "collector": 5,
+    "collector": 5, "replica": 5,
     "cli": 6,
 }  # fmt: skip
 # Rungs that look at the same things from two sides: they never import each other.

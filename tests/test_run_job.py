@@ -30,8 +30,8 @@ CAPACITY = Capacity(
 )
 
 
-def open_fake(engine: EngineSpec, info: ModelInfo) -> Pipeline:
-    return FakePipeline(CAPACITY, info.vocabulary_size, info.eos_token_ids[0])
+def open_fake(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+    return [FakePipeline(CAPACITY, info.vocabulary_size, info.eos_token_ids[0])]
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
@@ -56,7 +56,7 @@ def good_rows(count: int) -> list[Any]:
 
 
 def test_every_row_is_there_once_with_its_columns_and_the_counts_add_up(tmp_path: Path) -> None:
-    result = run_job(job_of(tmp_path, good_rows(40)), open_pipeline=open_fake)
+    result = run_job(job_of(tmp_path, good_rows(40)), open_pipelines=open_fake)
     table = result.table()
     assert table["row_id"].to_pylist() == [f"r{i}" for i in range(40)]
     assert table["topic"].to_pylist() == [i % 3 for i in range(40)]
@@ -84,7 +84,7 @@ def test_bad_rows_fail_with_their_codes_and_stop_no_other(tmp_path: Path) -> Non
         {"id": "last", "prompt": "hello", "options": {"max_tokens": 2, "ignore_eos": True}},
     ]
     job = job_of(tmp_path, rows, sampling={"column": "options"})
-    result = run_job(job, open_pipeline=open_fake)
+    result = run_job(job, open_pipelines=open_fake)
     table = result.table()
     assert result.exit_code == 3
     assert table["error_code"].to_pylist() == [
@@ -97,7 +97,7 @@ def test_bad_rows_fail_with_their_codes_and_stop_no_other(tmp_path: Path) -> Non
 
 def test_samples_of_a_row_stand_together(tmp_path: Path) -> None:
     rows = [*good_rows(5), {"id": "bad"}]
-    result = run_job(job_of(tmp_path, rows, sampling={"n": 3, "temperature": 1.0}), open_pipeline=open_fake)
+    result = run_job(job_of(tmp_path, rows, sampling={"n": 3, "temperature": 1.0}), open_pipelines=open_fake)
     table = result.table()
     assert table["row_index"].to_pylist() == [i for i in range(6) for _ in range(3)]
     assert table["sample_index"].to_pylist() == [0, 1, 2] * 6
@@ -113,7 +113,7 @@ def test_parquet_columns_keep_their_types(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     job = job_of(tmp_path, [], input={"path": str(tmp_path / "rows.parquet")})
-    table = run_job(job, open_pipeline=open_fake).table()
+    table = run_job(job, open_pipelines=open_fake).table()
     assert table["row_id"].to_pylist() == ["10", "11"]
     for name in ("when", "prompt"):
         assert table.schema.field(name).type == columns[name].type
@@ -122,23 +122,23 @@ def test_parquet_columns_keep_their_types(tmp_path: Path) -> None:
 
 def test_a_finished_job_gives_its_result_again(tmp_path: Path) -> None:
     job = job_of(tmp_path, good_rows(4))
-    first = run_job(job, open_pipeline=open_fake)
+    first = run_job(job, open_pipelines=open_fake)
 
-    def never(engine: EngineSpec, info: ModelInfo) -> Pipeline:
+    def never(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
         raise AssertionError("a finished job loads nothing")
 
-    again = run_job(job, open_pipeline=never)
+    again = run_job(job, open_pipelines=never)
     assert again.exit_code == 0
     assert again.metrics["run_id"] == first.metrics["run_id"]
     assert again.table() == first.table()
 
 
 def test_another_job_is_refused_with_the_difference_and_fresh_moves_it_aside(tmp_path: Path) -> None:
-    run_job(job_of(tmp_path, good_rows(4)), open_pipeline=open_fake)
+    run_job(job_of(tmp_path, good_rows(4)), open_pipelines=open_fake)
     other = job_of(tmp_path, good_rows(4), sampling={"max_tokens": 3})
     with pytest.raises(OutputError, match=r"sampling\.max_tokens: 12 -> 3"):
-        run_job(other, open_pipeline=open_fake)
-    result = run_job(other, fresh=True, open_pipeline=open_fake)
+        run_job(other, open_pipelines=open_fake)
+    result = run_job(other, fresh=True, open_pipelines=open_fake)
     assert result.metrics["rows_total"] == 4
     assert len(list(tmp_path.glob("output.old-*"))) == 1
 
@@ -157,20 +157,20 @@ class Interrupting(FakePipeline):
 
 def test_a_signal_commits_and_the_next_run_continues_with_the_same_texts(tmp_path: Path) -> None:
     job = job_of(tmp_path, good_rows(60))
-    whole = run_job(job, {"output.path": str(tmp_path / "whole")}, open_pipeline=open_fake).table()
+    whole = run_job(job, {"output.path": str(tmp_path / "whole")}, open_pipelines=open_fake).table()
 
-    def interrupting(engine: EngineSpec, info: ModelInfo) -> Pipeline:
-        return Interrupting(CAPACITY, info.vocabulary_size, info.eos_token_ids[0])
+    def interrupting(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+        return [Interrupting(CAPACITY, info.vocabulary_size, info.eos_token_ids[0])]
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:
-        run_job(job, open_pipeline=interrupting)
+        run_job(job, open_pipelines=interrupting)
     assert signal.getsignal(signal.SIGTERM) is before
     assert stopped.value.exit_code == 75
     assert stopped.value.summary is not None
     assert 0 < stopped.value.summary["rows_total"] < 60
     assert not (tmp_path / "output" / "_SUCCESS").exists()
-    result = run_job(job, open_pipeline=open_fake)
+    result = run_job(job, open_pipelines=open_fake)
     assert result.table().select(["row_id", "completion"]) == whole.select(["row_id", "completion"])
     assert result.metrics["rows_total"] == 60
     assert pq.read_table(tmp_path / "output" / "metrics.parquet").num_rows == 2
@@ -180,13 +180,13 @@ def test_too_many_failed_rows_stop_the_job(tmp_path: Path) -> None:
     rows = [*good_rows(2), *[{"id": f"bad{i}"} for i in range(30)]]
     job = job_of(tmp_path, rows, output={"max_failed_fraction": 0.2})
     with pytest.raises(TooManyFailedError, match=r"max_failed_fraction = 0\.2") as stopped:
-        run_job(job, open_pipeline=open_fake)
+        run_job(job, open_pipelines=open_fake)
     assert stopped.value.exit_code == 4
     assert not (tmp_path / "output" / "_SUCCESS").exists()
 
 
 def test_an_empty_input_succeeds_with_no_rows(tmp_path: Path) -> None:
-    result = run_job(job_of(tmp_path, []), open_pipeline=open_fake)
+    result = run_job(job_of(tmp_path, []), open_pipelines=open_fake)
     assert result.exit_code == 0
     assert result.table().num_rows == 0
 
@@ -255,4 +255,4 @@ def test_a_column_named_like_ours_is_refused_by_validate_too(tmp_path: Path) -> 
     job = job_of(tmp_path, [{"id": "a", "prompt": "b", "status": "mine"}])
     with pytest.raises(JobError, match="status"):
         validate_job(load_job(job))
-    assert run_job(job, {"output.columns": "none"}, open_pipeline=open_fake).exit_code == 0
+    assert run_job(job, {"output.columns": "none"}, open_pipelines=open_fake).exit_code == 0

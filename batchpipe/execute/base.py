@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from socket import socket
 from typing import Protocol
 
 from batchpipe.types import Capacity, Step, StepResult
@@ -28,6 +30,15 @@ class Pipeline(AbstractContextManager["Pipeline"], Protocol):
 
     def collect(self) -> StepResult:
         """The result of the oldest step in flight; waits for it. Raises WorkerError where a stage is gone."""
+
+    @property
+    def sockets(self) -> Sequence[socket]:
+        """What becomes readable when a stage has something to say; none where `collect` itself computes."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether `collect` has its result without waiting for another process. Raises WorkerError."""
+        ...
 
     def restart(self) -> None:
         """Starts over with empty KV after a WorkerError; steps in flight are lost."""

@@ -34,6 +34,7 @@ class FakePipeline:
         self._vocabulary_size = vocabulary_size
         self._eos_token_id = eos_token_id
         self._eos_every = eos_every
+        self.sockets = ()
         self._in_flight: deque[Step] = deque()
         self._sampling: dict[int, SamplingParams] = {}
         self._kv = np.zeros((capacity.num_blocks, capacity.block_tokens), dtype=np.uint64)
@@ -47,6 +48,9 @@ class FakePipeline:
     def submit(self, step: Step) -> None:
         assert len(self._in_flight) < self.capacity.max_batches, "more steps in flight than the pipeline holds"
         self._in_flight.append(step)
+
+    def ready(self) -> bool:
+        return bool(self._in_flight)
 
     def restart(self) -> None:
         self._in_flight.clear()

@@ -23,6 +23,7 @@ class LocalPipeline:
         self.capacity = capacity_of(
             [StageMemory(s.free_bytes, s.bytes_per_block, s.block_tokens) for s in self._stages]
         )
+        self.sockets = ()
         self._in_flight: deque[Step] = deque()
         for stage in self._stages:
             stage.allocate(self.capacity.num_blocks)
@@ -48,6 +49,9 @@ class LocalPipeline:
             stage_seconds.append(perf_counter() - started)
         assert isinstance(output, SampledTokens)
         return StepResult(step.step_id, output.token_ids, output.logprobs, tuple(stage_seconds))
+
+    def ready(self) -> bool:
+        return bool(self._in_flight)
 
     def restart(self) -> None:
         raise AssertionError("there is no process here that could be lost")

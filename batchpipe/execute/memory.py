@@ -51,17 +51,17 @@ def num_kv_blocks(
     requested_bytes: int | None,
     device: str,
     num_useful_tokens: int,
+    num_sharers: int,
 ) -> int:
     """Blocks for every stage (the same number on each): what was asked for, or what is free but no more than useful.
 
     requested_bytes: engine.kv_device_memory of one stage, None for `auto`.
     num_useful_tokens: KV that the largest possible set of running sequences can hold.
+    num_sharers: stages, those of other replicas included, that take their KV from the same memory.
     Raises MemoryLimitError where not even one block fits, or where more is asked for than is there.
     """
     block_tokens = stages[0].block_tokens
-    # Stages on the CPU share one memory; every GPU has its own.
-    sharers = len(stages) if device == "cpu" else 1
-    room_bytes = [stage.free_bytes // sharers for stage in stages]
+    room_bytes = [stage.free_bytes // num_sharers for stage in stages]
     if requested_bytes is None:
         share = AUTO_SHARE[device.split(":")[0]]
         num_blocks = min(

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
 from batchpipe.errors import JobError
 from batchpipe.execute.base import Pipeline
 from batchpipe.execute.local import LocalPipeline
-from batchpipe.execute.memory import StageMemory, num_kv_blocks
+from batchpipe.execute.memory import StageMemory, free_bytes, num_kv_blocks
 from batchpipe.execute.stage import StageSpec
+from batchpipe.execute.worker import Transport
 from batchpipe.execute.workers import WorkerPipeline
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo
 from batchpipe.model.partition import split_layers
 from batchpipe.types import Capacity
 
-# Chosen by measurement, see docs/log.md: beyond these a step only gets longer, not more efficient.
-AUTO_BATCH_SEQUENCES = {"cpu": 256, "cuda": 512}
+# Chosen by measurement, see docs/log.md: beyond these a step only gets longer, not more efficient. On the CPU the
+# sequences are those of all replicas together.
+CPU_SEQUENCES = 256
+CUDA_BATCH_SEQUENCES = 512
 AUTO_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 # A layer does more than the products its cost counts (attention, norms), and the head less: only tokens after which one
@@ -28,28 +32,42 @@ LAYER_OVERHEAD = 1.3
 HEAD_SHARE = 0.6
 
 
-def open_pipeline(engine: EngineSpec, info: ModelInfo, *, trust_remote_code: bool = False) -> Pipeline:
-    """Loads the model and allocates KV. Raises ModelError, MemoryLimitError or JobError before anything is lost."""
+def open_pipelines(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+    """Loads the model into every replica, side by side, and allocates KV.
+
+    Raises ModelError, MemoryLimitError or JobError; nothing stays open then.
+    """
     device = resolve_device(engine)
-    num_stages = resolve_num_stages(engine, device)
-    specs = stage_specs(engine, info, device, num_stages, trust_remote_code)
-    max_sequences = _auto(engine.max_batch_sequences, AUTO_BATCH_SEQUENCES[device])
+    num_stages = resolve_num_stages(engine, info, device)
+    num_replicas = resolve_num_replicas(engine, device, num_stages)
+    max_sequences = _max_sequences(engine, device, num_replicas)
 
     def capacity_of(stages: Sequence[StageMemory]) -> Capacity:
         num_useful_tokens = max_sequences * num_stages * info.max_context_tokens
         requested = None if engine.kv_device_memory == "auto" else engine.kv_device_memory
+        # Stages on the CPU share one memory; every GPU has its own.
+        num_sharers = num_stages * num_replicas if device == "cpu" else 1
         return Capacity(
-            num_blocks=num_kv_blocks(stages, requested, device, num_useful_tokens),
+            num_blocks=num_kv_blocks(stages, requested, device, num_useful_tokens, num_sharers),
             block_tokens=stages[0].block_tokens,
             num_stages=num_stages,
             max_batches=num_stages,
-            max_step_tokens=specs[0].max_step_tokens,
+            max_step_tokens=_max_step_tokens(engine, device, max_sequences),
             max_batch_sequences=max_sequences,
         )
 
-    if num_stages == 1:
-        return LocalPipeline(specs, capacity_of)
-    return WorkerPipeline(specs, capacity_of, "nccl" if device == "cuda" else "shared_memory")
+    if num_stages == num_replicas == 1:
+        return [LocalPipeline(stage_specs(engine, info, device, 1), capacity_of)]
+    transport: Transport = "nccl" if device == "cuda" else "shared_memory"
+    with ExitStack() as stack:
+        pipelines = []
+        for replica in range(num_replicas):
+            specs = stage_specs(engine, info, device, num_stages, replica, num_replicas)
+            pipelines.append(stack.enter_context(WorkerPipeline(specs, capacity_of, transport)))
+        for pipeline in pipelines:
+            pipeline.load()
+        stack.pop_all()
+        return list(pipelines)
 
 
 def resolve_device(engine: EngineSpec) -> str:
@@ -61,11 +79,13 @@ def resolve_device(engine: EngineSpec) -> str:
     return engine.device
 
 
-def resolve_num_stages(engine: EngineSpec, device: str) -> int:
-    """auto: all GPUs in one pipeline; on the CPU one stage, whose products use all processors."""
+def resolve_num_stages(engine: EngineSpec, info: ModelInfo, device: str) -> int:
+    """auto: on GPUs as few stages as hold the weights and as much KV again, so that copies take the other GPUs."""
     num_devices = torch.cuda.device_count() if device == "cuda" else None
     if engine.num_stages == "auto":
-        return num_devices or 1
+        if num_devices is None:
+            return 1
+        return fewest_stages(info.weight_bytes, free_bytes("cuda:0"), num_devices)
     if num_devices is not None and engine.num_stages > num_devices:
         raise JobError(
             f"engine.num_stages is {engine.num_stages} and there are {num_devices} GPUs; one stage needs one"
@@ -73,12 +93,45 @@ def resolve_num_stages(engine: EngineSpec, device: str) -> int:
     return engine.num_stages
 
 
+def fewest_stages(weight_bytes: int, free_device_bytes: int, num_devices: int) -> int:
+    """The smallest divisor of the number of GPUs whose stages keep half of their memory for KV; else all of them."""
+    for num_stages in range(1, num_devices):
+        if num_devices % num_stages == 0 and 2 * weight_bytes <= num_stages * free_device_bytes:
+            return num_stages
+    return num_devices
+
+
+def resolve_num_replicas(engine: EngineSpec, device: str, num_stages: int) -> int:
+    """auto: as many copies as the GPUs hold; one on the CPU, where copies read all weights once more for fewer rows."""
+    if device == "cpu":
+        return 1 if engine.replicas == "auto" else engine.replicas
+    num_devices = torch.cuda.device_count()
+    if engine.replicas == "auto":
+        return num_devices // num_stages
+    if engine.replicas * num_stages > num_devices:
+        raise JobError(
+            f"engine.replicas is {engine.replicas} of {num_stages} stages each and there are {num_devices} GPUs; "
+            "a stage needs one of its own"
+        )
+    return engine.replicas
+
+
+def _max_sequences(engine: EngineSpec, device: str, num_replicas: int) -> int:
+    auto = CPU_SEQUENCES // num_replicas if device == "cpu" else CUDA_BATCH_SEQUENCES
+    return _auto(engine.max_batch_sequences, max(1, auto))
+
+
+def _max_step_tokens(engine: EngineSpec, device: str, max_sequences: int) -> int:
+    return max(_auto(engine.max_step_tokens, AUTO_STEP_TOKENS[device]), max_sequences)
+
+
 def stage_specs(
-    engine: EngineSpec, info: ModelInfo, device: str, num_stages: int, trust_remote_code: bool
+    engine: EngineSpec, info: ModelInfo, device: str, num_stages: int, replica: int = 0, num_replicas: int = 1
 ) -> list[StageSpec]:
-    cpus = sorted(os.sched_getaffinity(0))
-    max_sequences = _auto(engine.max_batch_sequences, AUTO_BATCH_SEQUENCES[device])
-    max_step_tokens = max(_auto(engine.max_step_tokens, AUTO_STEP_TOKENS[device]), max_sequences)
+    """The stages of one replica, on its share of the processors or GPUs."""
+    all_cpus = sorted(os.sched_getaffinity(0))
+    cpus = all_cpus[replica * len(all_cpus) // num_replicas : (replica + 1) * len(all_cpus) // num_replicas]
+    max_sequences = _max_sequences(engine, device, num_replicas)
     specs = []
     layer_costs = [cost * LAYER_OVERHEAD for cost in info.layer_costs]
     for index, layers in enumerate(split_layers(layer_costs, info.head_cost * HEAD_SHARE, 0.0, num_stages)):
@@ -90,19 +143,19 @@ def stage_specs(
                 first_layer=layers.start,
                 end_layer=layers.stop,
                 model_folder=str(info.folder),
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=info.trust_remote_code,
                 dtype=info.dtype,
-                device="cpu" if device == "cpu" else f"cuda:{index}",
+                device="cpu" if device == "cpu" else f"cuda:{replica * num_stages + index}",
                 attention=engine.attention,
                 block_tokens=None if engine.block_tokens == "auto" else engine.block_tokens,
-                num_threads=num_threads(len(own_cpus)),
-                cpus=tuple(own_cpus) if num_stages > 1 and device == "cpu" else (),
+                num_threads=max(1, min(len(own_cpus), num_threads(len(all_cpus)))),
+                cpus=tuple(own_cpus) if num_stages * num_replicas > 1 and device == "cpu" else (),
                 num_kv_heads=info.num_kv_heads,
                 head_dim=info.head_dim,
                 hidden_size=info.hidden_size,
                 vocabulary_size=info.vocabulary_size,
                 eos_token_ids=info.eos_token_ids,
-                max_step_tokens=max_step_tokens,
+                max_step_tokens=_max_step_tokens(engine, device, max_sequences),
             )
         )
     return specs

@@ -58,9 +58,20 @@ class WorkerPipeline:
         self._reports: list[deque[StageReport]] = []
         self._in_flight: deque[int] = deque()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._capacity_of = capacity_of
         try:
-            memory = self._start()
-            self.capacity = capacity_of(memory)
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+
+    def load(self) -> None:
+        """Waits until every stage has loaded its layers, and gives them their KV. Once, before the first step.
+
+        Apart from starting them, so that the replicas of one model load side by side.
+        """
+        try:
+            self.capacity = self._capacity_of(self._await_loaded())
             self._allocate()
         except BaseException:
             self._stop()
@@ -88,7 +99,8 @@ class WorkerPipeline:
     def collect(self) -> StepResult:
         step_id = self._in_flight[0]
         while not all(self._reports):
-            self._hear(self.step_timeout_seconds)
+            if not self._hear(self.step_timeout_seconds):
+                self._silent()
         self._in_flight.popleft()
         reports = [queue.popleft() for queue in self._reports]
         last = reports[-1]
@@ -96,15 +108,25 @@ class WorkerPipeline:
         assert last.token_ids is not None and last.logprobs is not None
         return StepResult(step_id, last.token_ids, last.logprobs, tuple(report.seconds for report in reports))
 
+    @property
+    def sockets(self) -> list[socket.socket]:
+        return [control.socket for control in self._controls]
+
+    def ready(self) -> bool:
+        while not all(self._reports) and self._hear(0.0):
+            pass
+        return all(self._reports)
+
     def restart(self) -> None:
         self._stop()
         self._start()
+        self._await_loaded()
         self._allocate()
 
     # -- the workers' lives --------------------------------------------------------------------------------------
 
-    def _start(self) -> list[StageMemory]:
-        """Starts all workers side by side and waits until each has loaded its layers."""
+    def _start(self) -> None:
+        """Starts all workers side by side. A worker dies with the thread that started it."""
         self._in_flight.clear()
         self.device_names: tuple[str, ...] = ()
         self._reports = [deque() for _ in self._specs]
@@ -116,7 +138,6 @@ class WorkerPipeline:
             self._spawn(spec, incoming, outgoing)
         for fd in {fd for link in links for end in link for fd in end.inherited}:
             os.close(fd)
-        return [self._await_loaded(index) for index in range(len(self._specs))]
 
     def _make_link(self, sender: int) -> tuple[LinkSpec, LinkSpec]:
         """The sending and the receiving end between stage `sender` and the next."""
@@ -161,7 +182,10 @@ class WorkerPipeline:
         with process.stdin as stdin:
             stdin.write(encode(worker))
 
-    def _await_loaded(self, index: int) -> StageMemory:
+    def _await_loaded(self) -> list[StageMemory]:
+        return [self._await_stage(index) for index in range(len(self._specs))]
+
+    def _await_stage(self, index: int) -> StageMemory:
         try:
             loaded = self._controls[index].receive(Loaded)
         except Closed:
@@ -178,19 +202,22 @@ class WorkerPipeline:
             except Closed:
                 self._lost(index)
 
-    def _hear(self, timeout_seconds: float) -> None:
-        """Waits for a word of any worker and takes it in."""
-        readable, _, _ = select.select([control.socket for control in self._controls], [], [], timeout_seconds)
-        if not readable:
-            silent = min(index for index, queue in enumerate(self._reports) if not queue)
-            self._stop()
-            raise errors.WorkerError(f"stage {silent} of {len(self._specs)} said nothing for {timeout_seconds:.0f} s")
+    def _hear(self, timeout_seconds: float) -> bool:
+        """Waits for a word of any worker and takes it in; False where none came in time."""
+        readable, _, _ = select.select(self.sockets, [], [], timeout_seconds)
         for index, control in enumerate(self._controls):
             if control.socket in readable:
                 try:
                     self._reports[index].append(control.receive(StageReport))
                 except Closed:
                     self._lost(index)
+        return bool(readable)
+
+    def _silent(self) -> NoReturn:
+        silent = min(index for index, queue in enumerate(self._reports) if not queue)
+        self._stop()
+        seconds = f"{self.step_timeout_seconds:.0f} s"
+        raise errors.WorkerError(f"stage {silent} of {len(self._specs)} said nothing for {seconds}")
 
     def _lost(self, index: int) -> NoReturn:
         """A worker's socket is closed. Names the one that fell first: its neighbours end with NEIGHBOUR_LOST."""

@@ -87,9 +87,7 @@ class EngineSpec(v.Section):
         "auto"
     )
     num_stages: Annotated[v.AutoCount, Field(description="Pipeline stages of one model copy.")] = "auto"
-    replicas: Annotated[
-        Literal["auto"] | v.One, Field(description="Model copies fed from the same rows."), v.Expects("'auto' or 1")
-    ] = "auto"
+    replicas: Annotated[v.AutoCount, Field(description="Model copies fed from the same rows.")] = "auto"
     kv_device_memory: Annotated[v.AutoSize, Field(description="Bytes of KV per stage on its device.")] = "auto"
     kv_host_memory: Annotated[v.NoBytes, Field(description="Bytes of KV per stage in host memory.")] = 0
     offload: Annotated[Literal["auto", "none"], Field(description="What moves to host memory when KV runs short.")] = (

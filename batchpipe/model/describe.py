@@ -21,6 +21,7 @@ class ModelInfo:
     """One model, as it will be run. Bytes are those of `dtype`, not of the files."""
 
     folder: Path
+    trust_remote_code: bool
     architecture: str
     dtype: str  # bfloat16 | float16 | float32
     num_layers: int
@@ -63,6 +64,7 @@ def describe_model(
     item_bytes = _ITEM_BYTES[dtype]
     return ModelInfo(
         folder=folder,
+        trust_remote_code=trust_remote_code,
         architecture=(config.architectures or [config.model_type])[0],
         dtype=dtype,
         num_layers=config.num_hidden_layers,

@@ -21,6 +21,7 @@ from torch.nn import functional
 from batchpipe.model.fused_modules import (
     AttentionOptions,
     FusedAttention,
+    FusedLayer,
     FusedMlp,
     FusedRmsNorm,
     PackedLinear,
@@ -50,7 +51,7 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> list[str]:
     if kernels is None:
         return []
     replaced: list[str] = []
-    for stand_in_for in (_attention, _mlp, _rms_norm, _linear):
+    for stand_in_for in (_attention, _mlp, _rms_norm, _linear, _layer):
         for name, module in list(model.named_modules()):
             stand_in = stand_in_for(module, kernels)
             if stand_in is not None:
@@ -149,3 +150,26 @@ def _attention(module: nn.Module, kernels: ctypes.CDLL) -> nn.Module | None:
     stand_in = FusedAttention(kernels, module, expected.options)
     pairs = [(call(stand_in, outputs), expected_output), *zip(outputs.tensors, expected.tensors, strict=True)]
     return stand_in if all(_agree(*pair) for pair in pairs) else None
+
+
+def _layer(module: nn.Module, kernels: ctypes.CDLL) -> nn.Module | None:
+    """After its parts: a layer of exactly these four, whose own code adds and norms as the stand-in does."""
+    parts = dict(module.named_children())
+    if set(parts) != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
+        return None
+    attention, mlp = parts["self_attn"], parts["mlp"]
+    if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMlp):
+        return None
+    angles = _random(1, PROBE_TOKENS, attention.head_dim // 2).repeat(1, 1, 2)
+
+    def call(layer: nn.Module) -> Tensor:
+        output: Tensor = layer(
+            _random(1, PROBE_TOKENS, mlp.in_features),
+            position_embeddings=(angles.cos(), angles.sin()),
+            attention_mask=None,
+            attention_inputs=SimpleNamespace(backend=_Recorder(), first_layer=0),
+        )
+        return output
+
+    stand_in = FusedLayer(module, attention, mlp)
+    return stand_in if _agree(call(stand_in), call(module)) else None

@@ -41,7 +41,14 @@ class PackedLinear(nn.Module):
 
     def times(self, hidden: Tensor, factor: Tensor) -> Tensor:
         """The layer's outputs, each multiplied by its number of `factor`, before they are rounded."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, factor, self._weight, self._bias, "mul")
+        return self._with(hidden, factor, "mul")
+
+    def plus(self, hidden: Tensor, summand: Tensor) -> Tensor:
+        """The layer's outputs, each added to its number of `summand`, before they are rounded."""
+        return self._with(hidden, summand, "add")
+
+    def _with(self, hidden: Tensor, other: Tensor, operation: str) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self._weight, self._bias, operation)
         return product
 
 
@@ -90,12 +97,19 @@ class FusedMlp(nn.Module):
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, *, activation: str) -> None:
         super().__init__()
+        self.in_features = gate.in_features
         self._gate, self._up, self._down = PackedLinear([gate]), PackedLinear([up]), PackedLinear([down])
         self._activation = activation
 
     def forward(self, hidden: Tensor) -> Tensor:
-        output: Tensor = self._down(self._up.times(hidden, self._gate(hidden, self._activation)))
+        output: Tensor = self._down(self._inner(hidden))
         return output
+
+    def plus(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        return self._down.plus(self._inner(hidden), residual)
+
+    def _inner(self, hidden: Tensor) -> Tensor:
+        return self._up.times(hidden, self._gate(hidden, self._activation))
 
 
 @dataclass(frozen=True)
@@ -115,8 +129,8 @@ class FusedAttention(nn.Module):
         super().__init__()
         projections = [getattr(module, name) for name in ("q_proj", "k_proj", "v_proj")]
         self.layer_idx: int = module.layer_idx  # type: ignore[assignment]
-        self._head_dim: int = module.head_dim  # type: ignore[assignment]
-        self._num_heads, self._num_kv_heads, _ = (p.out_features // self._head_dim for p in projections)
+        self.head_dim: int = module.head_dim  # type: ignore[assignment]
+        self._num_heads, self._num_kv_heads, _ = (p.out_features // self.head_dim for p in projections)
         self._projections = PackedLinear(projections)
         self._output = PackedLinear([module.o_proj])  # type: ignore[list-item]
         self._options = options
@@ -135,11 +149,21 @@ class FusedAttention(nn.Module):
         """hidden_states [1, T, H], cosines and sines [1, T, at most D] -> [1, T, H]. The other arguments are caches and
         masks, of which there are none.
         """
-        heads = self._projections(hidden_states)[0].view(len(hidden_states[0]), -1, self._head_dim)
+        return self._output(self._attend(hidden_states, position_embeddings, attention_inputs)), None
+
+    def plus(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], inputs: AttentionInputs, residual: Tensor
+    ) -> Tensor:
+        return self._output.plus(self._attend(hidden, position_embeddings, inputs), residual)
+
+    def _attend(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_inputs: AttentionInputs
+    ) -> Tensor:
+        heads = self._projections(hidden_states)[0].view(len(hidden_states[0]), -1, self.head_dim)
         # Some models keep their angles in float32.
         cosines, sines = (angles.to(heads.dtype).contiguous() for angles in position_embeddings)
         assert cosines.shape == sines.shape and cosines.shape[:2] == (1, len(heads))
-        assert cosines.shape[-1] <= self._head_dim
+        assert cosines.shape[-1] <= self.head_dim
         num_rotated = self._num_heads + self._num_kv_heads
         self._rotate(
             heads.data_ptr(),
@@ -147,7 +171,7 @@ class FusedAttention(nn.Module):
             sines.data_ptr(),
             len(heads),
             num_rotated,
-            self._head_dim,
+            self.head_dim,
             cosines.shape[-1],
             heads.stride(0),
             torch.get_num_threads(),
@@ -163,4 +187,30 @@ class FusedAttention(nn.Module):
             softcap=self._options.softcap,
             sinks=self._options.sinks,
         )
-        return self._output(attended.view(1, len(heads), -1)), None
+        return attended.view(1, len(heads), -1)
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer of norm, attention, norm and MLP; what came in is added inside the last product of each half."""
+
+    def __init__(self, layer: nn.Module, attention: FusedAttention, mlp: FusedMlp) -> None:
+        super().__init__()
+        self.input_layernorm: nn.Module = layer.input_layernorm  # type: ignore[assignment]
+        self.self_attn = attention
+        self.post_attention_layernorm: nn.Module = layer.post_attention_layernorm  # type: ignore[assignment]
+        self.mlp = mlp
+        for name in ("attention_type", "layer_type"):  # read by the model's own loop over its layers
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_inputs: AttentionInputs,
+        **__: Any,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        hidden = self.self_attn.plus(normed, position_embeddings, attention_inputs, hidden_states)
+        return self.mlp.plus(self.post_attention_layernorm(hidden), hidden)

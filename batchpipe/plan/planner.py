@@ -77,6 +77,11 @@ class Planner:
         return len(self._running)
 
     @property
+    def num_steps(self) -> int:
+        """Steps made so far."""
+        return self._next_step_id
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 

@@ -18,6 +18,7 @@ class Measured(TypedDict):
     output_tokens_per_second: float
     total_tokens_per_second: float
     num_stages: int
+    num_replicas: int
     stage_utilization: tuple[float, ...]
     predictor_mean_absolute_error_tokens: float | None
     predictor_sum_error: float | None
@@ -26,19 +27,19 @@ class Measured(TypedDict):
 class Meter:
     """Counts tokens as they pass through the stages, so a preempted row's prompt counts as often as it was computed."""
 
-    def __init__(self, num_stages: int) -> None:
+    def __init__(self, num_stages: int, num_replicas: int = 1) -> None:
         self.prompt_tokens = 0
         self.output_tokens = 0
-        self._stage_seconds = np.zeros(num_stages)
+        self._stage_seconds = np.zeros((num_replicas, num_stages))
         self._num_predicted = 0
         self._absolute_error_tokens = 0
         self._error_tokens = 0
         self._real_tokens = 0
 
-    def add_step(self, result: StepResult, num_prompt_tokens: int, num_output_tokens: int) -> None:
+    def add_step(self, result: StepResult, num_prompt_tokens: int, num_output_tokens: int, replica: int = 0) -> None:
         self.prompt_tokens += num_prompt_tokens
         self.output_tokens += num_output_tokens
-        self._stage_seconds += result.stage_seconds
+        self._stage_seconds[replica] += result.stage_seconds
 
     def add_outcomes(self, outcomes: Sequence[Outcome]) -> None:
         """Compares the forecast of completion lengths with what came, one comparison a sample."""
@@ -62,8 +63,9 @@ class Meter:
             completion_tokens=self.output_tokens,
             output_tokens_per_second=self.output_tokens * per_second,
             total_tokens_per_second=(self.prompt_tokens + self.output_tokens) * per_second,
-            num_stages=len(self._stage_seconds),
-            stage_utilization=tuple((self._stage_seconds * per_second).tolist()),
+            num_stages=self._stage_seconds.shape[1],
+            num_replicas=self._stage_seconds.shape[0],
+            stage_utilization=tuple((self._stage_seconds.ravel() * per_second).tolist()),
             predictor_mean_absolute_error_tokens=(
                 self._absolute_error_tokens / self._num_predicted if self._num_predicted else None
             ),

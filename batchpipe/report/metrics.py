@@ -22,7 +22,8 @@ class RunMetrics:
     """One run. Rows are the job's so far, earlier runs included; all else is this run's alone.
 
     Times are UTC. `predictor_mean_absolute_error_tokens` is per completion, `predictor_sum_error` is the predicted sum
-    over the real one, less 1; both None where nothing was predicted.
+    over the real one, less 1; both None where nothing was predicted. `stage_utilization` has one number for every stage
+    of every replica, the first replica's stages first.
     """
 
     run_id: str
@@ -45,7 +46,8 @@ class RunMetrics:
     completion_tokens: int
     output_tokens_per_second: float
     total_tokens_per_second: float
-    num_stages: int
+    num_stages: int  # of one model copy
+    num_replicas: int
     stage_utilization: tuple[float, ...]
     phase_switches: int
     preemptions: int

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def open_tiny(
             "attention": attention,
         }
     )
-    specs = stage_specs(engine, describe_model(tiny_model(architecture), "float32"), "cpu", num_stages, False)
+    specs = stage_specs(engine, describe_model(tiny_model(architecture), "float32"), "cpu", num_stages)
 
     def offered(stages: Sequence[StageMemory]) -> Capacity:
         return Capacity(
@@ -91,17 +92,24 @@ def open_tiny(
             max_batch_sequences=8,
         )
 
-    return LocalPipeline(specs, offered) if transport is None else WorkerPipeline(specs, offered, transport)
+    if transport is None:
+        return LocalPipeline(specs, offered)
+    pipeline = WorkerPipeline(specs, offered, transport)
+    pipeline.load()
+    return pipeline
 
 
-def generate(pipeline: Pipeline, schedule: str = "hybrid") -> tuple[list[tuple[int, ...]], Engine]:
-    with pipeline:
-        engine = Engine(pipeline, schedule, frozenset(), lambda params: None)
+def generate(*pipelines: Pipeline, schedule: str = "hybrid") -> tuple[list[tuple[int, ...]], Engine]:
+    with ExitStack() as stack:
+        for pipeline in pipelines:
+            stack.enter_context(pipeline)
+        engine = Engine(pipelines, schedule, frozenset(), lambda params: None)
         engine.add(prompts())
         finished = []
         while not engine.idle:
             finished += engine.advance()
-            engine.planner.check_integrity()
+            for replica in engine.replicas:
+                replica.planner.check_integrity()
     finished.sort(key=lambda end: end.request.key.index)
     return [end.completions[0].token_ids for end in finished], engine
 
@@ -114,7 +122,7 @@ def test_every_architecture_in_stages_and_blocks_of_any_size(architecture: str) 
         (2, 1, 600, "separate"),
         (3, 64, 30, "hybrid"),
     ]:
-        texts, _ = generate(open_tiny(architecture, num_stages, block_tokens, num_blocks), schedule)
+        texts, _ = generate(open_tiny(architecture, num_stages, block_tokens, num_blocks), schedule=schedule)
         assert texts == expected(architecture), (num_stages, block_tokens)
 
 
@@ -122,7 +130,7 @@ def test_every_architecture_in_stages_and_blocks_of_any_size(architecture: str) 
 @pytest.mark.parametrize("attention", ["reference", "cpu"])
 def test_preemptions_change_nothing(architecture: str, attention: str) -> None:
     texts, engine = generate(open_tiny(architecture, 2, 4, 24, attention=attention))
-    assert engine.planner.num_preemptions > 0
+    assert engine.replicas[0].planner.num_preemptions > 0
     assert texts == expected(architecture)
 
 
@@ -130,7 +138,7 @@ def test_preemptions_change_nothing(architecture: str, attention: str) -> None:
 def test_any_mix_of_prefills_and_decodes(max_step_tokens: int) -> None:
     for schedule in ("hybrid", "separate"):
         pipeline = open_tiny("qwen3", 1, 16, 60, max_step_tokens=max_step_tokens, attention="cpu")
-        assert generate(pipeline, schedule)[0] == expected("qwen3")
+        assert generate(pipeline, schedule=schedule)[0] == expected("qwen3")
 
 
 @pytest.mark.parametrize(("num_stages", "transport"), [(1, "shared_memory"), (3, "shared_memory"), (2, "gloo")])
@@ -139,11 +147,33 @@ def test_processes_say_the_same_as_one(num_stages: int, transport: Transport) ->
     assert texts == expected("llama")
 
 
+def test_replicas_share_the_rows_and_say_the_same() -> None:
+    pipelines = [open_tiny("llama", 2, 16, 60, transport="shared_memory") for _ in range(2)]
+    texts, engine = generate(*pipelines)
+    assert texts == expected("llama")
+    assert all(replica.planner.num_steps > 0 for replica in engine.replicas)
+
+
+def test_a_replica_that_loses_a_worker_goes_on_beside_the_other(caplog: pytest.LogCaptureFixture) -> None:
+    pipelines = [open_tiny("llama", 1, 16, 60, transport="shared_memory") for _ in range(2)]
+    with pipelines[0], pipelines[1]:
+        engine = Engine(pipelines, "hybrid", frozenset(), lambda params: None)
+        engine.add(prompts())
+        finished = engine.advance()
+        assert isinstance(pipelines[1], WorkerPipeline)
+        os.kill(pipelines[1].worker_pids[0], signal.SIGKILL)
+        while not engine.idle:
+            finished += engine.advance()
+    assert "stage 0 of 1 was ended by SIGKILL" in caplog.text
+    finished.sort(key=lambda end: end.request.key.index)
+    assert [end.completions[0].token_ids for end in finished] == expected("llama")
+
+
 def test_a_killed_worker_is_named_and_survived_once(caplog: pytest.LogCaptureFixture) -> None:
     pipeline = open_tiny("llama", 2, 16, 60, transport="shared_memory")
     assert isinstance(pipeline, WorkerPipeline)
     with pipeline:
-        engine = Engine(pipeline, "hybrid", frozenset(), lambda params: None)
+        engine = Engine([pipeline], "hybrid", frozenset(), lambda params: None)
         engine.add(prompts())
         finished = []
         for _ in range(8):
@@ -168,9 +198,9 @@ def test_a_worker_that_says_nothing_is_named_and_ended() -> None:
     assert isinstance(pipeline, WorkerPipeline)
     with pipeline:
         pipeline.step_timeout_seconds = 2.0
-        engine = Engine(pipeline, "hybrid", frozenset(), lambda params: None)
-        engine.add(prompts())
-        step = engine.planner.next_step()
+        engine = Engine([pipeline], "hybrid", frozenset(), lambda params: None)
+        engine.replicas[0].add(prompts())
+        step = engine.replicas[0].planner.next_step()
         assert step is not None
         pids = pipeline.worker_pids
         os.kill(pids[0], signal.SIGSTOP)

@@ -64,7 +64,7 @@ def job_with(section: str, **keys: Any) -> dict[str, Any]:
         ("plan", "schedule", "temporal", "'temporal' is not one of 'auto', 'hybrid', 'separate'"),
         ("engine", "num_stages", 0, "0 is not 'auto' or an integer >= 1"),
         ("engine", "num_stages", True, "true is not 'auto' or an integer >= 1"),
-        ("engine", "replicas", 2, "2 is not 'auto' or 1"),
+        ("engine", "replicas", 0, "0 is not 'auto' or an integer >= 1"),
         ("engine", "block_tokens", 257, "257 is not 'auto' or an integer from 1 to 256"),
         ("engine", "kv_device_memory", "4GB", "'4GB' is not 'auto' or a size above zero such as 4GiB"),
         ("engine", "kv_host_memory", "1GiB", "'1GiB' is not 0: this version keeps KV on the device alone"),

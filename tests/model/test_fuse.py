@@ -12,7 +12,7 @@ from batchpipe.attention.reference import ReferenceAttention
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.describe import describe_model
 from batchpipe.model.fuse import fuse
-from batchpipe.model.fused_modules import FusedAttention, FusedMlp, FusedRmsNorm, PackedLinear
+from batchpipe.model.fused_modules import FusedAttention, FusedLayer, FusedMlp, FusedRmsNorm, PackedLinear
 from batchpipe.model.load import StageModel, load_stage
 from batchpipe.native.build import load_kernels
 from tests.tiny_models import tiny_model
@@ -39,7 +39,7 @@ def logits(stage: StageModel, folder: Path, dtype: torch.dtype) -> Tensor:
 
 
 def kinds(stage: StageModel) -> set[type]:
-    return {type(module) for module in stage.modules()} & {FusedAttention, FusedMlp, FusedRmsNorm, PackedLinear}
+    return {type(module) for module in stage.modules()} & (ALL | {FusedLayer})
 
 
 ALL = {FusedAttention, FusedMlp, FusedRmsNorm, PackedLinear}
@@ -48,16 +48,16 @@ ALL = {FusedAttention, FusedMlp, FusedRmsNorm, PackedLinear}
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
-        ("llama", ALL),
-        ("llama_tied", ALL),
-        ("mistral", ALL),
-        ("qwen2", ALL),
+        ("llama", ALL | {FusedLayer}),
+        ("llama_tied", ALL | {FusedLayer}),
+        ("mistral", ALL | {FusedLayer}),
+        ("qwen2", ALL | {FusedLayer}),
         ("gemma2", ALL),
-        ("smollm3", ALL),
+        ("smollm3", ALL | {FusedLayer}),
         ("qwen3", ALL - {FusedAttention}),  # norms on query and key
         ("gpt_oss", {FusedRmsNorm, PackedLinear}),
-        ("olmo", ALL - {FusedRmsNorm}),
-        ("glm4_moe", ALL),  # turns a part of each head
+        ("olmo", (ALL | {FusedLayer}) - {FusedRmsNorm}),
+        ("glm4_moe", ALL | {FusedLayer}),  # turns a part of each head
         ("cohere2", {FusedMlp, PackedLinear}),
         ("phi3", {FusedRmsNorm, PackedLinear}),
     ],

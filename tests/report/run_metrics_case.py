@@ -24,6 +24,7 @@ RUN_METRICS = {
     "output_tokens_per_second": 4.0,
     "total_tokens_per_second": 6.0,
     "num_stages": 2,
+    "num_replicas": 1,
     "stage_utilization": (0.5, 0.75),
     "phase_switches": 1,
     "preemptions": 0,

@@ -17,7 +17,7 @@ def test_columns_are_those_of_the_contract():
         *("run_id", "job_name", "identity_sha256", "model", "revision", "versions", "device_names"),
         *("started_at", "ended_at", "load_seconds", "generate_seconds", "wall_seconds"),
         *("rows_total", "rows_succeeded", "rows_failed", "rows_canceled", "prompt_tokens", "completion_tokens"),
-        *("output_tokens_per_second", "total_tokens_per_second", "num_stages", "stage_utilization"),
+        *("output_tokens_per_second", "total_tokens_per_second", "num_stages", "num_replicas", "stage_utilization"),
         *("phase_switches", "preemptions", "recomputed_tokens", "peak_device_blocks", "peak_host_blocks"),
         *("host_to_device_bytes", "device_to_host_bytes", "stall_seconds"),
         *("predictor_mean_absolute_error_tokens", "predictor_sum_error", "planner_seconds"),
@@ -65,10 +65,20 @@ def test_the_meter_sums_tokens_and_stage_time():
         "output_tokens_per_second": 10.0,
         "total_tokens_per_second": 35.0,
         "num_stages": 2,
+        "num_replicas": 1,
         "stage_utilization": (0.75, 0.25),
         "predictor_mean_absolute_error_tokens": None,
         "predictor_sum_error": None,
     }
+
+
+def test_every_replica_has_its_own_utilization():
+    meter = Meter(num_stages=1, num_replicas=2)
+    meter.add_step(step_result(1.0), 0, 0, replica=0)
+    meter.add_step(step_result(2.0), 0, 0, replica=1)
+    measured = meter.measured(generate_seconds=4.0)
+    assert measured["num_replicas"] == 2
+    assert measured["stage_utilization"] == (0.25, 0.5)
 
 
 def test_a_run_without_steps_has_no_rates():
