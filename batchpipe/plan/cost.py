@@ -1,0 +1,80 @@
+"""What a step costs: the port that profiles, estimates and fits of step time share. Torch-free.
+
+A step's time depends on few quantities (`StepWork`); a `CostModel` turns them into seconds, stage by stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from batchpipe.types import BoolArray, Int32Array, Step
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """One step's work, the same on every stage.
+
+    num_tokens: new tokens of all sequences, the rows of a layer's matrix products.
+    num_drawn: sequences that draw a token, the rows of the head's product and of sampling.
+    num_decodes: sequences with one new token; decode_context_tokens: the KV tokens that these read, their own included.
+    prefill_pairs: (new token, KV token it reads) pairs of all sequences with more than one new token.
+    """
+
+    num_tokens: int
+    num_drawn: int
+    num_decodes: int
+    decode_context_tokens: int
+    prefill_pairs: int
+
+    @classmethod
+    def of(cls, query_lengths: Int32Array, context_lengths: Int32Array, samples: BoolArray) -> StepWork:
+        """query_lengths new tokens behind context_lengths tokens, [N] each."""
+        decodes = query_lengths == 1
+        prefills = ~decodes
+        queries = query_lengths[prefills].astype(np.int64)
+        pairs = queries * context_lengths[prefills] + queries * (queries + 1) // 2
+        return cls(
+            num_tokens=int(query_lengths.sum()),
+            num_drawn=int(samples.sum()),
+            num_decodes=int(decodes.sum()),
+            decode_context_tokens=int(context_lengths[decodes].sum()) + int(decodes.sum()),
+            prefill_pairs=int(pairs.sum()),
+        )
+
+    @classmethod
+    def of_step(cls, step: Step) -> StepWork:
+        return cls.of(step.query_lengths, step.context_lengths, step.samples)
+
+    @classmethod
+    def decode(cls, num_sequences: int, context_tokens: int) -> StepWork:
+        """Every sequence draws one token behind its share of `context_tokens`."""
+        return cls(num_sequences, num_sequences, num_sequences, context_tokens + num_sequences, 0)
+
+    @classmethod
+    def prefill(cls, num_tokens: int, num_sequences: int = 1) -> StepWork:
+        """Whole prompts of the same length, `num_tokens` in all."""
+        each = num_tokens / max(1, num_sequences)
+        return cls(num_tokens, num_sequences, 0, 0, int(num_sequences * each * (each + 1) / 2))
+
+
+class CostModel(Protocol):
+    """Seconds of a step on a pipeline of `num_stages` stages."""
+
+    @property
+    def num_stages(self) -> int: ...
+
+    @property
+    def control_seconds(self) -> float:
+        """From the end of a step's last stage until the next step of the same sequences can start on the first."""
+        ...
+
+    def stage_seconds(self, stage: int, work: StepWork) -> float:
+        """How long this stage is busy with the step."""
+        ...
+
+    def handoff_seconds(self, num_tokens: int) -> float:
+        """From the end of one stage to the start of the next, for the hidden states of so many tokens."""
+        ...
