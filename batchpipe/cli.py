@@ -103,6 +103,79 @@ def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...])
 
 
 @main.command()
+@_job_command
+@click.option("--hardware", metavar="NAME|FILE", help="Another machine, as in 4xl20 or a hardware file.")
+def plan(job_path: Path, overrides: tuple[str, ...], hardware: str | None) -> None:
+    """Tell what JOB would take, here or on another machine; no model is loaded."""
+    job = _load(job_path, overrides)
+    from batchpipe.plan_command import describe_plan, plan_job
+
+    found = plan_job(job, hardware)
+    click.echo(describe_plan(found))
+    click.echo(_json(found))
+
+
+@main.command()
+@click.argument("model_or_job", metavar="MODEL|JOB")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The profile's file; by default where runs look for it."
+)
+@click.option("--seconds", type=float, default=100.0, show_default=True, help="How long to measure.")
+def profile(model_or_job: str, output: Path | None, seconds: float) -> None:
+    """Measure this machine's step times with a model, for `plan` and for runs."""
+    from batchpipe.profile_command import profile_command
+
+    click.echo(_json(profile_command(model_or_job, output, seconds)))
+
+
+@main.group()
+def predictor() -> None:
+    """Train a predictor of completion lengths, or judge one."""
+
+
+def _past_outputs(command: Any) -> Any:
+    for option in (
+        click.option("--length-column", help="Column of completion tokens, where SOURCE is no output of batchpipe."),
+        click.option("--prompt-column", default="prompt", show_default=True, help="Column of the prompt."),
+        click.option("--model", required=True, help="Model whose tokenizer is used, as model.name of a job."),
+        click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+@predictor.command()
+@_past_outputs
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="The predictor's file.")
+def train(sources: tuple[Path, ...], model: str, prompt_column: str, length_column: str | None, output: Path) -> None:
+    """Train on past outputs: output folders of batchpipe, Parquet or JSONL."""
+    from batchpipe.predict_command import train_command
+
+    click.echo(_json(train_command(sources, model, output, prompt_column=prompt_column, length_column=length_column)))
+
+
+@predictor.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_past_outputs
+@click.option("--max-tokens", type=int, help="Longest completion; by default that of the longest row.")
+def evaluate(
+    file: Path,
+    sources: tuple[Path, ...],
+    model: str,
+    prompt_column: str,
+    length_column: str | None,
+    max_tokens: int | None,
+) -> None:
+    """Compare a predictor's FILE with past outputs."""
+    from batchpipe.predict_command import evaluate_command
+
+    found = evaluate_command(
+        file, sources, model, prompt_column=prompt_column, length_column=length_column, max_tokens=max_tokens
+    )
+    click.echo(_json(found))
+
+
+@main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 def status(folder: Path) -> None:
     """Print how far the job with output folder DIR is."""

@@ -7,7 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from batchpipe.execute.base import Pipeline
+from batchpipe.forecaster import Forecaster
+from batchpipe.plan.cost import CostModel
 from batchpipe.plan.sequence import StopMatcher
+from batchpipe.predict.base import LengthPredictor
 from batchpipe.replica import Replica
 from batchpipe.report.meter import Meter
 from batchpipe.types import FinishedRequest, Request, SamplingParams
@@ -27,13 +30,18 @@ class Engine:
         schedule: str,
         eos_token_ids: frozenset[int],
         matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        predictor: LengthPredictor | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         assert pipelines
         self.meter = Meter(pipelines[0].capacity.num_stages, len(pipelines))
         self.replicas = [
-            Replica(index, pipeline, self.meter, schedule, eos_token_ids, matcher_of)
+            Replica(index, pipeline, self.meter, schedule, eos_token_ids, matcher_of, cost)
             for index, pipeline in enumerate(pipelines)
         ]
+        self._forecaster = (
+            None if predictor is None else Forecaster(predictor, [r.planner.state for r in self.replicas])
+        )
         self._line: deque[Request] = deque()
         self._window = WAITING_PER_RUNNING * sum(replica.max_running for replica in self.replicas)
 
@@ -54,14 +62,17 @@ class Engine:
         return max(0, self._window - num_waiting)
 
     def add(self, requests: Iterable[Request]) -> None:
-        self._line.extend(requests)
+        self._line.extend(requests if self._forecaster is None else self._forecaster.classified(list(requests)))
 
     def advance(self) -> list[FinishedRequest]:
         """Submits what fits, waits until a step in flight is done, and gives the requests that ended with it."""
         self._feed()
         for replica in self.replicas:
             replica.submit()
-        return [end for replica in self._wait() for end in replica.collect()]
+        finished = [end for replica in self._wait() for end in replica.collect()]
+        if self._forecaster is not None:
+            self._forecaster.learn(finished)
+        return finished
 
     def _feed(self) -> None:
         """Every request goes to the replica with the least to do; the line's rest waits for whoever is done first."""

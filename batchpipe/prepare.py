@@ -15,6 +15,8 @@ from batchpipe.job import Job
 from batchpipe.job.identity import Identity, identity
 from batchpipe.model.describe import ModelInfo, describe_model
 from batchpipe.model.resolve import ResolvedModel, resolve_model
+from batchpipe.predict.base import LengthPredictor
+from batchpipe.predict.open import open_predictor
 from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.read.source import Source, open_source
 from batchpipe.read.tokenize import requests
@@ -24,7 +26,7 @@ from batchpipe.types import FailedRow, Request, SamplingParams
 from batchpipe.write.folder import OutputFolder
 from batchpipe.write.schema import completions_schema
 
-AUTO_SCHEDULE = "hybrid"
+AUTO_SCHEDULE = "temporal"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,17 @@ class Prepared:
     def schedule(self) -> str:
         schedule = self.job.plan.schedule
         return AUTO_SCHEDULE if schedule == "auto" else schedule
+
+    @property
+    def predictor_is_trained(self) -> bool:
+        return self.job.predict.method not in ("auto", "none", "quantile")
+
+    def open_predictor(self) -> LengthPredictor | None:
+        """A new one each time: it learns from the run that it is opened for. Raises JobError."""
+        # A row's own settings may ask for more than the job's.
+        of_rows = self.job.sampling.column is not None
+        max_tokens = self.info.max_context_tokens if of_rows else self.job.sampling.max_tokens
+        return open_predictor(self.job.predict.method, self.tokenizer, min(max_tokens, self.info.max_context_tokens))
 
     @cached_property
     def identity(self) -> Identity:

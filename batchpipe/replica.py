@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from socket import socket
 from time import perf_counter
 
 from batchpipe.errors import WorkerError
 from batchpipe.execute.base import Pipeline
+from batchpipe.plan.cost import CostModel, StepWork
+from batchpipe.plan.live_cost import LiveCost
 from batchpipe.plan.planner import Planner
 from batchpipe.plan.sequence import StopMatcher
 from batchpipe.report.meter import Meter
@@ -29,14 +32,17 @@ class Replica:
         schedule: str,
         eos_token_ids: frozenset[int],
         matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        cost: CostModel | None = None,
     ) -> None:
         capacity = pipeline.capacity
-        self.planner = Planner(capacity, schedule, eos_token_ids, stream_of, matcher_of)
+        self.planner = Planner(capacity, schedule, eos_token_ids, stream_of, matcher_of, cost)
         self.planner_seconds = 0.0
         self.max_running = capacity.max_batches * capacity.max_batch_sequences
         self._index = index
         self._pipeline = pipeline
         self._meter = meter
+        self._live_cost = cost if isinstance(cost, LiveCost) else None
+        self._works: deque[StepWork] = deque()  # of the steps in flight, where a cost model learns from them
         self._num_new_prompt_tokens = 0
         self._restarted = False
 
@@ -69,6 +75,8 @@ class Replica:
             except WorkerError as error:
                 self._restart(error)
                 continue
+            if self._live_cost is not None:
+                self._works.append(StepWork.of_step(step))
             first_time = (start for start in step.started if not start.generated_token_ids)
             self._num_new_prompt_tokens += sum(len(start.prompt_token_ids) for start in first_time)
 
@@ -100,6 +108,8 @@ class Replica:
             return
         started = perf_counter()
         self.planner.record(result)
+        if self._live_cost is not None:
+            self._live_cost.observe(self._works.popleft(), result.stage_seconds)
         self.planner_seconds += perf_counter() - started
         self._meter.add_step(result, self._num_new_prompt_tokens, len(result.token_ids), self._index)
         self._num_new_prompt_tokens = 0
@@ -110,5 +120,6 @@ class Replica:
             raise error
         self._restarted = True
         logger.warning("%s; starting the pipeline again, rows in flight are computed anew", error)
+        self._works.clear()
         self._pipeline.restart()
         self.planner.requeue_all()

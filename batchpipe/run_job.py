@@ -17,6 +17,7 @@ from batchpipe.execute.open import open_pipelines
 from batchpipe.interrupt import Interrupt
 from batchpipe.job import Job, load_job
 from batchpipe.job.spec import EngineSpec
+from batchpipe.machine import run_cost
 from batchpipe.model.describe import ModelInfo
 from batchpipe.prepare import Prepared, prepare
 from batchpipe.read.ahead import Ahead
@@ -51,6 +52,7 @@ def run_job(
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
+            predictor = prepared.open_predictor()
             pipelines = open_pipelines(prepared.job.engine, prepared.info)
             for pipeline in pipelines:
                 stack.enter_context(pipeline)
@@ -58,13 +60,15 @@ def run_job(
             account.loaded()
             writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
             progress = stack.enter_context(Progress(prepared.source.num_rows()))
-            engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of)
+            cost = run_cost(prepared.job.engine, prepared.info, prepared.model.name)
+            engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
             stop: str | None = None
             while stop is None and not (engine.idle and ahead.exhausted):
                 items = ahead.take(engine.room, block=engine.idle)
                 engine.add(item for item in items if isinstance(item, Request))
                 outcomes = [failed_outcome(item) for item in items if isinstance(item, FailedRow)]
                 outcomes += detokenize(engine.advance(), prepared.tokenizer.decode_batch, prepared.eos_token_ids)
+                engine.meter.add_outcomes(outcomes)
                 writer.write(outcomes)
                 progress.update(*_reading(prepared, engine, writer.counts))
                 stop = interrupt.requested or _too_many_failed(prepared, writer.counts)

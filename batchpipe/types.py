@@ -112,12 +112,16 @@ class FailedRow:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row ready to run. `sampling.max_tokens` is already cut to what the model's context leaves."""
+    """A row ready to run. `sampling.max_tokens` is already cut to what the model's context leaves.
+
+    length_class: the predictor's class of the row, 0 where nothing is predicted.
+    """
 
     key: RowKey
     prompt_token_ids: Int32Array
     sampling: SamplingParams
     predicted_tokens: int | None = None
+    length_class: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,10 @@ def test_python_m_batchpipe_is_the_command():
 
 
 def test_commands_are_these():
-    assert sorted(main.commands) == ["doctor", "run", "schema", "status", "validate"]
+    assert sorted(main.commands) == [
+        *("doctor", "plan", "predictor", "profile", "run", "schema", "status", "validate"),
+    ]
+    assert sorted(main.commands["predictor"].commands) == ["evaluate", "train"]
     assert [option.name for option in main.commands["run"].params] == ["job_path", "overrides", "fresh"]
 
 

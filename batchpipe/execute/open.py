@@ -40,21 +40,9 @@ def open_pipelines(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
     device = resolve_device(engine)
     num_stages = resolve_num_stages(engine, info, device)
     num_replicas = resolve_num_replicas(engine, device, num_stages)
-    max_sequences = _max_sequences(engine, device, num_replicas)
 
     def capacity_of(stages: Sequence[StageMemory]) -> Capacity:
-        num_useful_tokens = max_sequences * num_stages * info.max_context_tokens
-        requested = None if engine.kv_device_memory == "auto" else engine.kv_device_memory
-        # Stages on the CPU share one memory; every GPU has its own.
-        num_sharers = num_stages * num_replicas if device == "cpu" else 1
-        return Capacity(
-            num_blocks=num_kv_blocks(stages, requested, device, num_useful_tokens, num_sharers),
-            block_tokens=stages[0].block_tokens,
-            num_stages=num_stages,
-            max_batches=num_stages,
-            max_step_tokens=_max_step_tokens(engine, device, max_sequences),
-            max_batch_sequences=max_sequences,
-        )
+        return offered_capacity(engine, info, device, num_stages, num_replicas, stages)
 
     if num_stages == num_replicas == 1:
         return [LocalPipeline(stage_specs(engine, info, device, 1), capacity_of)]
@@ -68,6 +56,30 @@ def open_pipelines(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
             pipeline.load()
         stack.pop_all()
         return list(pipelines)
+
+
+def offered_capacity(
+    engine: EngineSpec,
+    info: ModelInfo,
+    device: str,
+    num_stages: int,
+    num_replicas: int,
+    stages: Sequence[StageMemory],
+) -> Capacity:
+    """What one replica offers its planner, from what its stages have free. Raises MemoryLimitError."""
+    max_sequences = _max_sequences(engine, device, num_replicas)
+    num_useful_tokens = max_sequences * num_stages * info.max_context_tokens
+    requested = None if engine.kv_device_memory == "auto" else engine.kv_device_memory
+    # Stages on the CPU share one memory; every GPU has its own.
+    num_sharers = num_stages * num_replicas if device == "cpu" else 1
+    return Capacity(
+        num_blocks=num_kv_blocks(stages, requested, device, num_useful_tokens, num_sharers),
+        block_tokens=stages[0].block_tokens,
+        num_stages=num_stages,
+        max_batches=num_stages,
+        max_step_tokens=_max_step_tokens(engine, device, max_sequences),
+        max_batch_sequences=max_sequences,
+    )
 
 
 def resolve_device(engine: EngineSpec) -> str:
@@ -133,8 +145,7 @@ def stage_specs(
     cpus = all_cpus[replica * len(all_cpus) // num_replicas : (replica + 1) * len(all_cpus) // num_replicas]
     max_sequences = _max_sequences(engine, device, num_replicas)
     specs = []
-    layer_costs = [cost * LAYER_OVERHEAD for cost in info.layer_costs]
-    for index, layers in enumerate(split_layers(layer_costs, info.head_cost * HEAD_SHARE, 0.0, num_stages)):
+    for index, layers in enumerate(stage_layers(info, num_stages)):
         own_cpus = cpus[index * len(cpus) // num_stages : (index + 1) * len(cpus) // num_stages]
         specs.append(
             StageSpec(
@@ -159,6 +170,12 @@ def stage_specs(
             )
         )
     return specs
+
+
+def stage_layers(info: ModelInfo, num_stages: int) -> list[range]:
+    """The layers of each stage, so that the slowest is as fast as can be."""
+    layer_costs = [cost * LAYER_OVERHEAD for cost in info.layer_costs]
+    return split_layers(layer_costs, info.head_cost * HEAD_SHARE, 0.0, num_stages)
 
 
 def num_threads(num_cpus: int) -> int:

@@ -51,6 +51,13 @@ class StageSpec:
         return self.index == self.num_stages - 1
 
 
+def device_name(device: str, num_threads: int) -> str:
+    """The GPU's name, or the processor's kind and the threads it computes with."""
+    if device == "cpu":
+        return f"{platform.machine()} CPU, {num_threads} threads"
+    return torch.cuda.get_device_name(device)
+
+
 class Stage:
     """Loads its layers when made; takes steps after `allocate`."""
 
@@ -84,9 +91,7 @@ class Stage:
 
     @property
     def device_name(self) -> str:
-        if self.spec.device == "cpu":
-            return f"{platform.machine()} CPU, {self.spec.num_threads} threads"
-        return torch.cuda.get_device_name(self.spec.device)
+        return device_name(self.spec.device, self.spec.num_threads)
 
     @property
     def free_bytes(self) -> int:

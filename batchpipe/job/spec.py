@@ -67,7 +67,8 @@ class PredictSpec(v.Section):
     """Forecast of completion lengths."""
 
     method: Annotated[
-        Literal["auto", "none"], Field(description="No forecast is built in yet: both leave predicted_tokens null.")
+        v.Name,
+        Field(description="auto (quantile), none, quantile, or the file of a predictor trained on past outputs."),
     ] = "auto"
 
 
@@ -75,8 +76,11 @@ class PlanSpec(v.Section):
     """Order of the work."""
 
     schedule: Annotated[
-        Literal["auto", "hybrid", "separate"],
-        Field(description="hybrid mixes prompt and decode tokens in a step, separate never does."),
+        Literal["auto", "temporal", "hybrid", "separate", "temporal-published"],
+        Field(
+            description="temporal plans memory from forecast lengths and balances batches; hybrid mixes prompt and "
+            "decode tokens in a step, separate never does; temporal-published is TD-Pipe's own. auto is temporal."
+        ),
     ] = "auto"
 
 

@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from batchpipe.kv.ledger import BlockLedger
-from batchpipe.plan.beginnings import Beginnings
-from batchpipe.plan.schedules import SCHEDULES, View
+from batchpipe.plan.cost import CostModel
+from batchpipe.plan.residents import Residents
+from batchpipe.plan.schedules import SCHEDULES
 from batchpipe.plan.sequence import RequestGroup, Sequence, StopMatcher
-from batchpipe.plan.step_builder import BlockTables, Chunk, build_step
+from batchpipe.plan.state import State
+from batchpipe.plan.step_builder import Chunk, build_step
 from batchpipe.types import (
     Capacity,
     ErrorCode,
@@ -27,11 +29,10 @@ from batchpipe.types import (
     StepResult,
 )
 
-# Admission leaves this part of the pool free for the decodes that already run, so that it does not cause preemptions.
-ADMISSION_RESERVE = 0.05
-
 
 class Planner:
+    """`state.survival` may be renewed at any time between steps; `cost` is what policies take a step's time from."""
+
     def __init__(
         self,
         capacity: Capacity,
@@ -39,42 +40,34 @@ class Planner:
         eos_token_ids: frozenset[int],
         stream_of: Callable[[int, str, int], int],
         matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        cost: CostModel | None = None,
     ) -> None:
         self.capacity = capacity
         self.ledger = BlockLedger(capacity.num_blocks, capacity.block_tokens)
+        self.state = State(capacity, self.ledger, cost=cost)
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
-        self.beginnings = Beginnings()
         self.num_phase_switches = 0  # from steps that prefill to steps that only decode, and back
-        self._schedule = SCHEDULES[schedule]
+        self._residents = Residents(self.state)
+        self._policy = SCHEDULES[schedule]()
         self._eos_token_ids = eos_token_ids
         self._stream_of = stream_of
         self._matcher_of = matcher_of
-        self._max_running = capacity.max_batch_sequences * capacity.max_batches
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: deque[Sequence] = deque()
-        self._ready: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}  # in order of admission
         self._in_flight: dict[int, tuple[Chunk, ...]] = {}
-        self._tables = BlockTables(self._max_running)
-        self._copied_blocks: list[tuple[int, int]] = []
-        self._started: list[Sequence] = []
-        self._released: list[int] = []
         self._finished: list[FinishedRequest] = []
         self._prefilled_last = False
         self._next_sequence_id = 0
         self._next_step_id = 0
-        self._next_admission = 0
 
     # -- what the run asks ---------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.state.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self.state.running)
 
     @property
     def num_steps(self) -> int:
@@ -86,16 +79,21 @@ class Planner:
         return len(self._in_flight)
 
     @property
+    def num_copied_tokens(self) -> int:
+        """Prompt tokens whose KV was copied from another sequence that begins alike."""
+        return self._residents.beginnings.num_copied_tokens
+
+    @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
-        return not self._waiting and not self._running
+        return not self.state.waiting and not self.state.running
 
     def add(self, requests: Iterable[Request]) -> None:
         for request in requests:
             num_samples = request.sampling.n
             group = RequestGroup(request, [None] * num_samples, num_samples)
             for sample_index in range(num_samples):
-                self._waiting.append(self._new_sequence(group, sample_index))
+                self.state.waiting.append(self._new_sequence(group, sample_index))
 
     def take_finished(self) -> list[FinishedRequest]:
         finished, self._finished = self._finished, []
@@ -103,7 +101,7 @@ class Planner:
 
     def next_step(self) -> Step | None:
         """The next step to submit, or None where a result, or more requests, must come first."""
-        shape = self._schedule(self._view())
+        shape = self._policy.choose(self.state)
         decodes = self._take_decodes(shape.num_decodes)
         prefills = self._take_prefills(shape.num_prefill_tokens, len(decodes))
         if not decodes and not prefills and not self._in_flight:
@@ -115,19 +113,19 @@ class Planner:
             return None
         self.num_phase_switches += bool(prefills) != self._prefilled_last
         self._prefilled_last = bool(prefills)
+        started, released, copied_blocks = self._residents.take_news()
         step = build_step(
             self._next_step_id,
             chunks,
-            self._tables,
-            self._started,
-            self._released,
-            self._copied_blocks,
+            self._residents.tables,
+            started,
+            released,
+            copied_blocks,
             self.capacity.block_tokens,
         )
         self._next_step_id += 1
-        self._started, self._released, self._copied_blocks = [], [], []
         if whole := [chunk.sequence for chunk in prefills if chunk.samples]:
-            self.beginnings.learn(whole[-1])
+            self._residents.beginnings.learn(whole[-1])
         self._in_flight[step.step_id] = tuple(chunks)
         return step
 
@@ -154,54 +152,53 @@ class Planner:
         For a pipeline that was started anew and holds no KV. What was generated stays.
         """
         self._in_flight.clear()
-        self._started, self._released = [], []
-        for sequence in reversed(list(self._running.values())):
+        for sequence in reversed(list(self.state.running.values())):
             sequence.num_in_flight = 0
             self._preempt(sequence)
-        self._released.clear()
-        self._ready.clear()
-        self._prefilling.clear()
+        self._residents.take_news()
 
     def check_integrity(self) -> None:
+        state = self.state
         self.ledger.check_integrity()
-        assert self.ledger.num_used == sum(self.ledger.num_owned(i) for i in self._running)
-        parked = len(self._ready) + len(self._prefilling)
-        assert parked + sum(s.num_in_flight > 0 for s in self._running.values()) >= len(self._running)
+        assert self.ledger.num_used == sum(self.ledger.num_owned(i) for i in state.running)
+        parked = len(state.ready) + len(state.prefilling)
+        assert parked + sum(s.num_in_flight > 0 for s in state.running.values()) >= len(state.running)
 
     # -- what a step is made of ----------------------------------------------------------------------------------
 
-    def _view(self) -> View:
-        return View(
-            num_ready=len(self._ready),
-            num_running=len(self._running),
-            prefill_possible=bool(self._prefilling) or (bool(self._waiting) and self._has_room(self._waiting[0])),
-            max_batches=self.capacity.max_batches,
-            max_step_tokens=self.capacity.max_step_tokens,
-            max_batch_sequences=self.capacity.max_batch_sequences,
-        )
-
     def _take_decodes(self, num_decodes: int) -> list[Chunk]:
+        """A block for one sequence may cost another its place, even one that was drawn with it."""
+        if num_decodes <= 0 or not self.state.ready:
+            return []
         chunks: list[Chunk] = []
-        while len(chunks) < num_decodes and self._ready:
-            sequence = self._ready.popleft()
-            if not self._hold(sequence):
-                continue
-            chunks.append(self._schedule_chunk(sequence, 1))
+        for sequence in self._policy.draw(self.state, num_decodes):
+            if sequence.sequence_id in self.state.running and self._hold(sequence):
+                chunks.append(self._schedule_chunk(sequence, 1))
+        self.state.ready = deque(sequence for sequence in self.state.ready if sequence.num_in_flight == 0)
         return chunks
 
     def _take_prefills(self, num_tokens: int, num_sequences: int) -> list[Chunk]:
         chunks: list[Chunk] = []
+        state = self.state
         max_sequences = self.capacity.max_batch_sequences - num_sequences
         while num_tokens > 0 and len(chunks) < max_sequences:
-            if not self._prefilling and not self._admit():
-                break
-            sequence = self._prefilling[0]
+            if not state.prefilling:
+                if not state.waiting or not self._admits(state.waiting[0]):
+                    break
+                self._residents.admit()
+            sequence = state.prefilling[0]
             num_chunk = min(num_tokens, sequence.num_tokens - sequence.num_scheduled)
             chunks.append(self._schedule_chunk(sequence, num_chunk))
             num_tokens -= num_chunk
             if sequence.num_scheduled == sequence.num_tokens:
-                self._prefilling.popleft()
+                state.prefilling.popleft()
         return chunks
+
+    def _admits(self, sequence: Sequence) -> bool:
+        """With nothing running whatever fits is admitted, so that no policy can wait for ever."""
+        if not self.state.running:
+            return self.state.has_blocks(sequence)
+        return self._policy.admits(self.state, sequence)
 
     def _schedule_chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         context = sequence.num_scheduled
@@ -209,77 +206,26 @@ class Planner:
         sequence.num_in_flight += 1
         return Chunk(sequence, context, num_tokens, sequence.num_scheduled == sequence.num_tokens)
 
-    # -- who holds blocks ----------------------------------------------------------------------------------------
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        if len(self._running) >= self._max_running:
-            return False
-        reserve = int(self.capacity.num_blocks * ADMISSION_RESERVE) if self._running else 0
-        reserve = min(reserve, len(self._running))
-        return self.ledger.blocks_for(sequence.num_tokens) + reserve <= self.ledger.num_free
-
-    def _admit(self) -> bool:
-        """Moves the first waiting sequence to prefilling, if there is room for all its tokens."""
-        if not self._waiting or not self._has_room(self._waiting[0]):
-            return False
-        sequence = self._waiting.popleft()
-        blocks = self.ledger.grow(sequence.sequence_id, sequence.num_tokens)
-        assert blocks is not None, "room was there a moment ago"
-        sequence.slot = self._tables.take_slot()
-        self._tables.append(sequence.slot, 0, blocks)
-        sequence.admission = self._next_admission
-        self._next_admission += 1
-        self._running[sequence.sequence_id] = sequence
-        self._started.append(sequence)
-        self._prefilling.append(sequence)
-        self._copy_beginning(sequence, blocks)
-        return True
-
-    def _copy_beginning(self, sequence: Sequence, blocks: list[int]) -> None:
-        found = self.beginnings.take(sequence)
-        if found is not None:
-            donor, sequence.num_scheduled = found
-            sources = self.ledger.owned(donor.sequence_id)[: self.ledger.blocks_for(sequence.num_scheduled)]
-            self._copied_blocks += zip(sources, blocks, strict=False)
+    # -- where blocks run out ------------------------------------------------------------------------------------
 
     def _hold(self, sequence: Sequence) -> bool:
         """Makes sure of a block for the sequence's next token, at the cost of later sequences if need be."""
-        while True:
-            num_owned = self.ledger.num_owned(sequence.sequence_id)
-            blocks = self.ledger.grow(sequence.sequence_id, sequence.num_tokens)
-            if blocks is not None:
-                if blocks:
-                    self._tables.append(sequence.slot, num_owned, blocks)
-                return True
-            if len(self._running) == 1:
+        while not self._residents.grow(sequence):
+            if len(self.state.running) == 1:
                 self._fail(sequence, self._capacity_message(sequence))
                 return False
-            victim = next(s for s in reversed(self._running.values()) if s.num_in_flight == 0)
+            victim = next(s for s in reversed(self.state.running.values()) if s.num_in_flight == 0)
             self._preempt(victim)
             if victim is sequence:
                 return False
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
         self.num_recomputed_tokens += sequence.num_scheduled
-        self._leave(sequence)
+        self._residents.leave(sequence)
         sequence.num_scheduled = 0
-        self._waiting.appendleft(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Takes blocks, slot and sampler state from a sequence that is not in flight."""
-        assert sequence.num_in_flight == 0
-        del self._running[sequence.sequence_id]
-        self.ledger.release(sequence.sequence_id)
-        self._tables.release_slot(sequence.slot)
-        self.beginnings.forget(sequence, self._running.values())
-        for queue in (self._ready, self._prefilling):
-            if sequence in queue:
-                queue.remove(sequence)
-        if sequence in self._started:
-            self._started.remove(sequence)
-        else:
-            self._released.append(sequence.sequence_id)
+        self.state.waiting.appendleft(sequence)
 
     # -- how a sequence ends -------------------------------------------------------------------------------------
 
@@ -299,17 +245,17 @@ class Planner:
         elif len(sequence.generated) >= params.max_tokens:
             self._finish(sequence, FinishReason.LENGTH)
         else:
-            self._ready.append(sequence)
+            self.state.ready.append(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text_length: int | None = None) -> None:
-        self._leave(sequence)
+        self._residents.leave(sequence)
         group = sequence.group
         group.completions[sequence.sample_index] = sequence.completion(reason, text_length)
         self._close(group)
 
     def _fail(self, sequence: Sequence, message: str, code: ErrorCode = ErrorCode.KV_CAPACITY) -> None:
-        if sequence.sequence_id in self._running:
-            self._leave(sequence)
+        if sequence.sequence_id in self.state.running:
+            self._residents.leave(sequence)
         group = sequence.group
         group.completions[sequence.sample_index] = sequence.completion(None, error=(code, message))
         self._close(group)
@@ -323,8 +269,9 @@ class Planner:
 
     def _fail_what_cannot_fit(self) -> None:
         """With nothing in flight and nothing running, whoever still waits at the head can never run."""
-        while self._waiting and not self._running and not self._has_room(self._waiting[0]):
-            sequence = self._waiting.popleft()
+        state = self.state
+        while state.waiting and not state.running and not state.has_blocks(state.waiting[0]):
+            sequence = state.waiting.popleft()
             self._fail(sequence, self._capacity_message(sequence))
 
     def _capacity_message(self, sequence: Sequence) -> str:

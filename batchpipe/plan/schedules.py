@@ -1,52 +1,35 @@
-"""Schedules: how much decoding and how much prefilling the next step holds. Pure functions over counts.
-
-A schedule is a policy over one port (`View` to `StepShape`); the planner fills the shape with sequences and blocks.
-"""
+"""The schedules a job can name, and the two simple ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from batchpipe.plan.policy import Policy, Reactive, StepShape
+from batchpipe.plan.published import PublishedTemporal
+from batchpipe.plan.state import State
+from batchpipe.plan.temporal import Temporal
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a schedule may look at."""
-
-    num_ready: int  # sequences that wait for their next token
-    num_running: int  # all sequences that hold KV, those in flight included
-    prefill_possible: bool  # a prompt is begun, or one waits for which there is room
-    max_batches: int
-    max_step_tokens: int
-    max_batch_sequences: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    num_decodes: int
-    num_prefill_tokens: int
-
-
-Schedule = Callable[[View], StepShape]
-
-
-def decode_share(view: View) -> int:
-    """The decodes of one of the circulating batches, so that all batches hold the same number."""
-    share = -(-view.num_running // view.max_batches)
-    return min(view.num_ready, share, view.max_batch_sequences)
-
-
-def hybrid(view: View) -> StepShape:
+class Hybrid(Reactive):
     """Decodes first, what is left of the step's tokens for pieces of prompts (Sarathi-Serve's chunked prefill)."""
-    num_decodes = decode_share(view)
-    return StepShape(num_decodes, max(0, view.max_step_tokens - num_decodes))
+
+    def choose(self, state: State) -> StepShape:
+        num_decodes = state.decode_share
+        return StepShape(num_decodes, max(0, state.capacity.max_step_tokens - num_decodes))
 
 
-def separate(view: View) -> StepShape:
+class Separate(Reactive):
     """Only prefills while there is room for one, else only decodes (vLLM's first scheduler)."""
-    if view.prefill_possible:
-        return StepShape(0, view.max_step_tokens)
-    return StepShape(decode_share(view), 0)
+
+    def choose(self, state: State) -> StepShape:
+        if self.prefill_possible(state):
+            return StepShape(0, state.capacity.max_step_tokens)
+        return StepShape(state.decode_share, 0)
 
 
-SCHEDULES: dict[str, Schedule] = {"hybrid": hybrid, "separate": separate}
+SCHEDULES: dict[str, Callable[[], Policy]] = {
+    "hybrid": Hybrid,
+    "separate": Separate,
+    "temporal": Temporal,
+    "temporal-published": PublishedTemporal,
+}

@@ -17,6 +17,17 @@ from batchpipe.types import BoolArray, Int32Array
 
 FloatArray = NDArray[np.float64]
 
+_FINEST_GROWTH = 1.1
+
+
+def length_grid(max_tokens: int) -> Int32Array:
+    """[G] lengths from 0 to max_tokens: every one up to ten, then a tenth more each time."""
+    assert max_tokens >= 1
+    grid = [0]
+    while grid[-1] < max_tokens:
+        grid.append(min(max_tokens, max(grid[-1] + 1, int(grid[-1] * _FINEST_GROWTH))))
+    return np.array(grid, np.int32)
+
 
 @dataclass(frozen=True, slots=True)
 class Survival:
@@ -27,6 +38,10 @@ class Survival:
 
     grid_tokens: Int32Array
     alive: FloatArray
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.alive)
 
     def at(self, classes: Int32Array, tokens: FloatArray) -> FloatArray:
         """P(length > tokens) for rows of these classes; `tokens` [N] or [N, M] for N classes."""
@@ -39,7 +54,10 @@ class Survival:
         return np.where(tokens > grid[-1], 0.0, alive)
 
     def expected_tokens(self, classes: Int32Array, max_tokens: Int32Array) -> FloatArray:
-        """The mean of min(length, max_tokens), a row each: the area under the curve up to max_tokens."""
+        """The mean of min(length, max_tokens), a row each: the sum of P(length > t) for t = 0 .. max_tokens - 1.
+
+        It is the area under the curve, and half of what the curve falls, for lengths are whole numbers.
+        """
         widths = np.diff(self.grid_tokens)
         areas = np.zeros(self.alive.shape)
         areas[:, 1:] = np.cumsum((self.alive[:, :-1] + self.alive[:, 1:]) / 2 * widths, axis=1)
@@ -47,8 +65,21 @@ class Survival:
         left = np.searchsorted(self.grid_tokens, limit, side="right") - 1
         rest = limit - self.grid_tokens[left]
         ends = self.at(classes, limit.astype(np.float64))
-        expected: FloatArray = areas[classes, left] + (self.alive[classes, left] + ends) / 2 * rest
+        expected: FloatArray = areas[classes, left] + (self.alive[classes, left] + ends) / 2 * rest + (1 - ends) / 2
         return expected
+
+
+class Classifier(Protocol):
+    """Sorts rows into classes by their prompts, and knows what lengths such classes had elsewhere."""
+
+    @property
+    def prior(self) -> Survival:
+        """Curves that end at 0, so that whatever share of rows lives longest has its place in them."""
+        ...
+
+    def classify(self, prompts: Sequence[Int32Array]) -> Int32Array:
+        """The class of each prompt, from its token ids."""
+        ...
 
 
 class LengthPredictor(Protocol):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from batchpipe.execute.fake import FakePipeline, fake_kv
 from batchpipe.plan.planner import Planner
+from batchpipe.plan.schedules import SCHEDULES
 from batchpipe.types import (
     Capacity,
     Carried,
@@ -97,7 +98,7 @@ def fake(offered: Capacity) -> FakePipeline:
     block_tokens=st.sampled_from([1, 3, 8]),
     max_batches=st.integers(1, 4),
     max_step_tokens=st.integers(8, 64),
-    schedule=st.sampled_from(["hybrid", "separate"]),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
     num_samples=st.integers(1, 3),
     num_shared=st.sampled_from([0, 9, 25]),
 )
@@ -149,7 +150,7 @@ def test_a_common_beginning_is_computed_once_and_copied() -> None:
     pipeline, planner = fake(offered), planner_for(offered)
     finished = drive(planner, pipeline, requests)
     assert all(end.completions == (expected(end.request, pipeline),) for end in finished)
-    assert planner.beginnings.num_copied_tokens == 21 * 38  # of all but the two in the first step
+    assert planner.num_copied_tokens == 21 * 38  # of all but the two in the first step
 
 
 @pytest.mark.parametrize("after_steps", [1, 3, 9])

@@ -1,0 +1,1 @@
+"""Measuring this machine with one model: the work behind `batchpipe profile`."""

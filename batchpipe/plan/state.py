@@ -1,0 +1,42 @@
+"""What the planner knows and policies look at: the queues, who runs, the blocks, what lengths and time to expect."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from batchpipe.kv.ledger import BlockLedger
+from batchpipe.plan.cost import CostModel
+from batchpipe.plan.sequence import Sequence
+from batchpipe.predict.base import Survival
+from batchpipe.types import Capacity
+
+
+@dataclass(slots=True)
+class State:
+    """A sequence waits, is admitted (from then on it runs), is prefilled in pieces, then by turns ready and in flight."""
+
+    capacity: Capacity
+    ledger: BlockLedger
+    survival: Survival | None = None  # None: nothing is predicted
+    cost: CostModel | None = None  # None: time is taken to be proportional to tokens
+    waiting: deque[Sequence] = field(default_factory=deque)
+    prefilling: deque[Sequence] = field(default_factory=deque)
+    ready: deque[Sequence] = field(default_factory=deque)
+    running: dict[int, Sequence] = field(default_factory=dict)  # in order of admission
+
+    @property
+    def max_running(self) -> int:
+        return self.capacity.max_batch_sequences * self.capacity.max_batches
+
+    @property
+    def decode_share(self) -> int:
+        """The decodes of one of the circulating batches, so that all batches hold the same number."""
+        share = -(-len(self.running) // self.capacity.max_batches)
+        return min(len(self.ready), share, self.capacity.max_batch_sequences)
+
+    def has_blocks(self, sequence: Sequence, num_reserved: int = 0) -> bool:
+        """All of the sequence's tokens so far find room, and so many blocks stay free."""
+        if len(self.running) >= self.max_running:
+            return False
+        return self.ledger.blocks_for(sequence.num_tokens) + num_reserved <= self.ledger.num_free

@@ -1,0 +1,37 @@
+"""The predictor that a job asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchpipe.errors import JobError
+from batchpipe.predict.base import Classifier, LengthPredictor
+from batchpipe.predict.online import OnlinePredictor
+from batchpipe.predict.quantile import QuantileClassifier, shipped_folder
+from batchpipe.predict.trained_file import load_classifier, tokenizer_fingerprint
+from batchpipe.tokenizer import Tokenizer
+
+
+def open_predictor(method: str, tokenizer: Tokenizer, max_tokens: int) -> LengthPredictor | None:
+    """`method` is auto, none, quantile, classifier or the file of a trained predictor; None where none is wanted.
+
+    max_tokens: the longest completion that the job allows. Raises JobError for a file that cannot be used here.
+    """
+    if method == "none":
+        return None
+    return OnlinePredictor(_classifier(method, tokenizer), max_tokens)
+
+
+def _classifier(method: str, tokenizer: Tokenizer) -> Classifier:
+    if method in ("auto", "quantile"):
+        return QuantileClassifier.shipped()
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if method != "classifier":
+        return load_classifier(Path(method).expanduser(), fingerprint)
+    path = shipped_folder() / f"{fingerprint[:16]}.safetensors"
+    if not path.is_file():
+        raise JobError(
+            "predict.method: no trained predictor is installed for this model's tokenizer; make one of past outputs "
+            "with `batchpipe predictor train` and give its file, or use quantile, which needs no training"
+        )
+    return load_classifier(path, fingerprint)

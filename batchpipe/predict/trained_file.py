@@ -1,0 +1,118 @@
+"""A trained classifier as one .safetensors file, bound to the tokenizer that its token ids are of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from batchpipe.errors import JobError
+from batchpipe.predict.base import FloatArray, Survival
+from batchpipe.predict.classifier import LinearModel, TrainedClassifier
+from batchpipe.predict.features import FEATURES_VERSION
+from batchpipe.tokenizer import Tokenizer
+from batchpipe.write.durable import write_whole
+
+_FORMAT = f"batchpipe-length-predictor 1.{FEATURES_VERSION}"
+_FORMAT_KEY = "format"
+_TOKENIZER_KEY = "tokenizer"
+_DTYPES = {
+    "features": np.int64,
+    "rarity": np.float32,
+    "weights": np.float32,
+    "bias": np.float32,
+    "edges_tokens": np.int32,
+    "grid_tokens": np.int32,
+    "alive": np.float64,
+}
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the vocabulary with its ids, in hexadecimal: the same wherever a token id means the same."""
+    vocabulary = sorted(tokenizer._backend.get_vocab().items())
+    return hashlib.sha256(json.dumps([len(vocabulary), vocabulary]).encode()).hexdigest()
+
+
+def save_classifier(path: Path, classifier: TrainedClassifier, fingerprint: str) -> None:
+    """Writes the file whole or not at all; `fingerprint` is the tokenizer's. Raises OutputError."""
+    arrays = {
+        "features": classifier.model.features,
+        "rarity": classifier.model.rarity,
+        "weights": classifier.model.weights,
+        "bias": classifier.model.bias,
+        "edges_tokens": classifier.edges_tokens,
+        "grid_tokens": classifier.prior.grid_tokens,
+        "alive": classifier.prior.alive,
+    }
+    tensors = {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in _DTYPES.items()}
+    write_whole(path, save(tensors, {_FORMAT_KEY: _FORMAT, _TOKENIZER_KEY: fingerprint}))
+
+
+def load_classifier(path: Path, fingerprint: str) -> TrainedClassifier:
+    """The classifier of a file. Raises JobError where it is not one, is damaged, or is of another tokenizer."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise JobError(f"predict.method: {path} cannot be read: {error.strerror or error}") from error
+    metadata = _metadata(data)
+    if not metadata.get(_FORMAT_KEY, "").startswith(_FORMAT.split(" ")[0]):
+        raise JobError(f"predict.method: {path} is not a trained predictor of batchpipe")
+    if metadata[_FORMAT_KEY] != _FORMAT:
+        raise JobError(
+            f"predict.method: {path} has the format {metadata[_FORMAT_KEY]!r}, this version reads {_FORMAT!r}; "
+            "train it again"
+        )
+    if metadata.get(_TOKENIZER_KEY) != fingerprint:
+        raise JobError(
+            f"predict.method: {path} was trained for another tokenizer than the model's; train one with this model"
+        )
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise JobError(f"predict.method: {path} is damaged: {error}") from error
+    fault = _fault(tensors)
+    if fault is not None:
+        raise JobError(f"predict.method: {path} is damaged: {fault}")
+    model = LinearModel(tensors["features"], tensors["rarity"], tensors["weights"], tensors["bias"])
+    return TrainedClassifier(model, tensors["edges_tokens"], Survival(tensors["grid_tokens"], tensors["alive"]))
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The strings a safetensors file begins with; empty where these bytes are none."""
+    header_bytes = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or header_bytes > len(data) - 8:
+        return {}
+    try:
+        header = json.loads(data[8 : 8 + header_bytes])
+    except ValueError:
+        return {}
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _fault(tensors: dict[str, FloatArray]) -> str | None:
+    """What about the arrays cannot be right, None where all fits together."""
+    if {name: array.dtype for name, array in tensors.items()} != {name: np.dtype(t) for name, t in _DTYPES.items()}:
+        return "its arrays are not those of a predictor"
+    num_features, num_classes, num_lengths = len(tensors["features"]), len(tensors["bias"]), len(tensors["grid_tokens"])
+    shapes = {
+        "features": (num_features,),
+        "rarity": (num_features,),
+        "weights": (num_features, num_classes),
+        "bias": (num_classes,),
+        "edges_tokens": (num_classes - 1,),
+        "grid_tokens": (num_lengths,),
+        "alive": (num_classes, num_lengths),
+    }
+    if any(tensors[name].shape != shape for name, shape in shapes.items()) or num_features < 1 or num_classes < 1:
+        return "its arrays do not belong together"
+    if not all(np.isfinite(array).all() for array in tensors.values()):
+        return "it holds numbers that are not finite"
+    alive, grid = tensors["alive"], tensors["grid_tokens"]
+    is_curve = (alive[:, 0] == 1).all() and (alive[:, -1] == 0).all() and (np.diff(alive, axis=1) <= 0).all()
+    increases = all((np.diff(tensors[name]) > 0).all() for name in ("features", "grid_tokens", "edges_tokens"))
+    return None if is_curve and increases and grid[0] == 0 else "its curves or numbers are not in order"

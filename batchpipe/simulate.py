@@ -1,0 +1,86 @@
+"""A whole run on a virtual clock: the engine and planners of a device run, over pipelines without a model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batchpipe.engine import Engine
+from batchpipe.execute.simulate import SimulatedPipeline
+from batchpipe.predict.base import LengthPredictor
+from batchpipe.types import Request
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRun:
+    """What a run would come to.
+
+    num_failed: requests that end with an error code, such as one whose KV can never fit.
+    output_tokens: of all samples, once each; num_recomputed_tokens: KV lost to preemptions and computed again.
+    peak_used_blocks: of one planner, the fullest. planner_seconds: real time spent deciding, in this simulation.
+    """
+
+    seconds: float
+    num_requests: int
+    num_failed: int
+    prompt_tokens: int
+    output_tokens: int
+    stage_utilization: tuple[float, ...]
+    num_steps: int
+    num_phase_switches: int
+    num_preemptions: int
+    num_recomputed_tokens: int
+    peak_used_blocks: int
+    planner_seconds: float
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def simulate(
+    pipelines: Sequence[SimulatedPipeline],
+    requests: Sequence[Request],
+    schedule: str,
+    *,
+    predictor: LengthPredictor | None = None,
+    arrival_seconds: Sequence[float] | None = None,
+) -> SimulatedRun:
+    """Runs all requests to their end on new pipelines that share their stages; mostly there is one.
+
+    Schedules that look ahead ask the pipelines' own cost model, so they are right about time but for its noise.
+    arrival_seconds: when each request becomes known, increasing; None: all are known at the start.
+    """
+    stages, cost, eos_token_id = pipelines[0].stages, pipelines[0].cost, pipelines[0].eos_token_id
+    assert all(pipeline.stages is stages for pipeline in pipelines), "pipelines on clocks of their own"
+    arrivals = [0.0] * len(requests) if arrival_seconds is None else arrival_seconds
+    coming = deque(zip(arrivals, requests, strict=True))
+    num_failed = output_tokens = 0
+    engine = Engine(pipelines, schedule, frozenset({eos_token_id}), lambda params: None, predictor, cost)
+    while coming or not engine.idle:
+        if engine.idle:
+            stages.wait_until(coming[0][0])
+        arrived = []
+        while coming and coming[0][0] <= stages.now_seconds:
+            arrived.append(coming.popleft()[1])
+        engine.add(arrived)
+        for end in engine.advance():
+            num_failed += any(completion.error_code is not None for completion in end.completions)
+            output_tokens += sum(len(completion.token_ids) for completion in end.completions)
+    planners = [replica.planner for replica in engine.replicas]
+    seconds = stages.now_seconds
+    return SimulatedRun(
+        seconds=seconds,
+        num_requests=len(requests),
+        num_failed=num_failed,
+        prompt_tokens=sum(len(request.prompt_token_ids) for request in requests),
+        output_tokens=output_tokens,
+        stage_utilization=tuple(busy / seconds if seconds > 0 else 0.0 for busy in stages.busy_seconds),
+        num_steps=sum(planner.num_steps for planner in planners),
+        num_phase_switches=sum(planner.num_phase_switches for planner in planners),
+        num_preemptions=sum(planner.num_preemptions for planner in planners),
+        num_recomputed_tokens=sum(planner.num_recomputed_tokens for planner in planners),
+        peak_used_blocks=max(planner.ledger.peak_used_blocks for planner in planners),
+        planner_seconds=sum(replica.planner_seconds for replica in engine.replicas),
+    )

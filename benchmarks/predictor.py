@@ -1,0 +1,190 @@
+"""Length predictors on real completions: the trained one on ShareGPT, the learning one on other models' lengths.
+
+    python benchmarks/predictor.py DATA_FOLDER --model MODEL_DIR
+
+DATA_FOLDER holds `prompts/sharegpt_prompts.jsonl.xz` (first turns of ShareGPT V3: prompt, out_tok, split) and, in
+`traces/`, `predictor_errors_vicuna13b_85k.csv.xz` (James-QiuHaoran/LLM-serving-with-proxy-models: length, and the class
+that a BERT said), `lengths_seqsched_alpaca20k.csv.xz` (zhengzangw/Sequence-Scheduling), and
+`trace_etalon_sharegpt8k.csv.xz`, `trace_etalon_bwb.csv.xz` (project-etalon/etalon: prompt and completion tokens).
+
+Trained on split `train` (curves measured by cross-fitting on it), tested on split `bench`, lengths cut at MAX_TOKENS.
+`group_sum_error` is the mean of |predicted sum / real sum - 1| over 4,000 random groups of 256 different test rows;
+`unbiased_group_sum_error` is the same after scaling the predictions to the right sum of all test rows: what is left is
+chance. `smallest_fresh_group_sum_error` is chance for groups of fresh rows, not of the test's few: the mean absolute
+value of a normal error with the residuals' deviation. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import heapq
+import json
+import lzma
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from batchpipe.predict.base import Classifier
+from batchpipe.predict.evaluate import GROUP_ROWS, evaluate, group_sum_error
+from batchpipe.predict.examples import Examples, read_examples
+from batchpipe.predict.online import OnlinePredictor
+from batchpipe.predict.quantile import QuantileClassifier
+from batchpipe.predict.train import train
+from batchpipe.tokenizer import load_tokenizer
+from batchpipe.types import BoolArray, Int32Array
+
+MAX_TOKENS = 1024
+SEED = 0
+LEARNING_SHARES = (0.25, 0.5, 1.0)
+NUM_FINISHED = 512
+NUM_SLOTS = 128
+NUM_FOLLOWING = 4096
+NUM_ORDERS = 40
+NUM_RUNNING_TIMED = 1000
+NONE = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a trace: classes, tokens, and whether they ended by themselves."""
+
+    classes: Int32Array
+    num_tokens: Int32Array
+    ended: BoolArray
+    max_tokens: int
+
+
+def read_splits(path: Path, model: Path) -> dict[str, Examples]:
+    tokenizer = load_tokenizer(model)
+    lines: dict[str, list[str]] = {}
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            lines.setdefault(json.loads(line)["split"], []).append(line)
+    with tempfile.TemporaryDirectory() as folder:
+        splits = {}
+        for split, rows in lines.items():
+            plain = Path(folder) / f"{split}.jsonl"
+            plain.write_text("".join(rows), encoding="utf-8")
+            splits[split] = read_examples([plain], tokenizer, prompt_column="prompt")
+    return splits
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def learnt(rows: Rows, classifier: Classifier, draw: np.random.Generator) -> dict[str, float]:
+    """|predicted / real - 1| of the sum of NUM_FOLLOWING rows, forecast when NUM_FINISHED rows are done.
+
+    NUM_SLOTS rows run side by side, a token a step; where one ends the next begins. `finished_alone` is the forecast
+    that takes the mean of what is finished for the mean of all, `prior` the one made before the job.
+    """
+    order = draw.permutation(len(rows.num_tokens))
+    tokens, classes, ended = rows.num_tokens[order], rows.classes[order], rows.ended[order]
+    slots = [(int(tokens[row]), row) for row in range(NUM_SLOTS)]
+    heapq.heapify(slots)
+    finished: list[int] = []
+    for following in range(NUM_SLOTS, NUM_SLOTS + NUM_FINISHED):
+        now, row = heapq.heappop(slots)
+        finished.append(row)
+        heapq.heappush(slots, (now + int(tokens[following]), following))
+    running = np.array([row for _, row in slots])
+    so_far = np.array([int(tokens[row]) - (end - now) for end, row in slots], np.int32)
+
+    predictor = OnlinePredictor(classifier, rows.max_tokens)
+    rest = np.arange(NUM_SLOTS + NUM_FINISHED, min(len(tokens), NUM_SLOTS + NUM_FINISHED + NUM_FOLLOWING))
+    limits = np.full(len(rest), rows.max_tokens, np.int32)
+    real = tokens[rest].sum()
+    before = predictor.survival(NONE, NONE).expected_tokens(classes[rest], limits).sum()
+    predictor.observe(classes[finished], tokens[finished], ended[finished])
+    after = predictor.survival(classes[running], so_far).expected_tokens(classes[rest], limits).sum()
+    return {
+        "prior": abs(before / real - 1),
+        "finished_alone": abs(tokens[finished].mean() * len(rest) / real - 1),
+        "learnt": abs(after / real - 1),
+    }
+
+
+def traces(folder: Path, edges_tokens: Int32Array) -> dict[str, tuple[Rows, str]]:
+    """Rows with a class, and which classifier the classes are of."""
+    vicuna = read_columns(folder / "predictor_errors_vicuna13b_85k.csv.xz")
+    alpaca = read_columns(folder / "lengths_seqsched_alpaca20k.csv.xz")
+    found = {}
+    tokens = vicuna["out_tok"].astype(np.int32)
+    classes = np.minimum(vicuna["pred_class5"].astype(np.int32), len(edges_tokens))
+    found["vicuna_bert_classes"] = Rows(classes, tokens, np.ones(len(tokens), np.bool_), 512), "trained"
+    tokens = alpaca["L_t0.7"].astype(np.int32)
+    by_reference = np.searchsorted(edges_tokens, alpaca["L_gt"].astype(np.int32)).astype(np.int32)
+    ended = tokens < 512
+    found["alpaca_classes_of_reference_answer"] = Rows(by_reference, tokens, ended, 512), "trained"
+    one_class = np.full(len(tokens), 2, np.int32)
+    found["alpaca_all_in_one_class"] = Rows(one_class, tokens, ended, 512), "trained"
+    for name in ("etalon_sharegpt8k", "etalon_bwb"):
+        columns = read_columns(folder / f"trace_{name}.csv.xz")
+        tokens = columns["out_tok"].astype(np.int32)
+        prompts = [np.zeros(length, np.int32) for length in columns["in_tok"].astype(int)]
+        classes = QuantileClassifier.shipped().classify(prompts)
+        found[name] = Rows(classes, np.minimum(tokens, 2048), tokens <= 2048, 2048), "quantile"
+    return found
+
+
+def survival_microseconds(classifier: Classifier) -> float:
+    """The median of 200 calls with NUM_RUNNING_TIMED running rows, after as many finished ones."""
+    draw = np.random.default_rng(SEED)
+    classes = draw.integers(0, classifier.prior.num_classes, NUM_RUNNING_TIMED).astype(np.int32)
+    tokens = draw.integers(1, 1024, NUM_RUNNING_TIMED).astype(np.int32)
+    predictor = OnlinePredictor(classifier, 4096)
+    predictor.observe(classes, tokens, np.ones(len(classes), np.bool_))
+    seconds = []
+    for _ in range(200):
+        started = time.perf_counter()
+        predictor.survival(classes, tokens)
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds)) * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_folder", type=Path)
+    parser.add_argument("--model", type=Path, required=True, help="A folder with the tokenizer.")
+    arguments = parser.parse_args()
+    splits = read_splits(arguments.data_folder / "prompts" / "sharegpt_prompts.jsonl.xz", arguments.model)
+    test = splits["bench"]
+    real = np.minimum(test.num_tokens, MAX_TOKENS).astype(np.float64)
+
+    report: dict[str, object] = {}
+    shuffled = np.random.default_rng(SEED).permutation(len(splits["train"]))
+    for share in LEARNING_SHARES:
+        rows = splits["train"].take(shuffled[: int(share * len(shuffled))])
+        started = time.perf_counter()
+        classifier = train(rows, seed=SEED)
+        seconds = time.perf_counter() - started
+        result = asdict(evaluate(classifier, test, max_tokens=MAX_TOKENS, seed=SEED))
+        classes = classifier.classify(test.prompts)
+        predicted = classifier.prior.expected_tokens(classes, np.full(len(classes), MAX_TOKENS, np.int32))
+        deviation = (real - predicted).std() / real.mean() / np.sqrt(GROUP_ROWS)
+        result["smallest_fresh_group_sum_error"] = float(deviation * np.sqrt(2 / np.pi))
+        result["train_seconds"] = round(seconds, 1)
+        report[f"trained_on_{len(rows)}"] = result
+        print(len(rows), result, flush=True)
+    mean = np.full(len(real), np.minimum(splits["train"].num_tokens, MAX_TOKENS).mean())
+    report["mean_of_train_group_sum_error"] = group_sum_error(mean, real, seed=SEED)
+
+    classifiers: dict[str, Classifier] = {"trained": classifier, "quantile": QuantileClassifier.shipped()}
+    for name, (rows, kind) in traces(arguments.data_folder / "traces", classifier.edges_tokens).items():
+        draw = np.random.default_rng(SEED)
+        errors = [learnt(rows, classifiers[kind], draw) for _ in range(NUM_ORDERS)]
+        report[name] = {key: float(np.mean([error[key] for error in errors])) for key in errors[0]}
+        print(name, report[name], flush=True)
+    report["survival_microseconds"] = {kind: survival_microseconds(one) for kind, one in classifiers.items()}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
