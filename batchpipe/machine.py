@@ -26,19 +26,15 @@ from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo
 from batchpipe.plan.cost import CostModel
 from batchpipe.plan.geometry import ModelGeometry
-from batchpipe.plan.hardware import Device, Efficiency, Hardware, Link, known_hardware, load_hardware
+from batchpipe.plan.hardware import Device, Hardware, known_hardware, load_hardware
 from batchpipe.plan.live_cost import LiveCost
 from batchpipe.plan.profile import find_profile
 from batchpipe.plan.profile_cost import ProfileCost
 from batchpipe.plan.roofline import RooflineCost
 
 GPU_BLOCK_TOKENS = 16
-# A quick look at a processor without a profile: seconds for its products and for its memory, and what programs reach
-# of what that finds.
+# A quick look at a processor without a profile: seconds for its products and for its memory.
 _LOOK_SECONDS = 0.5
-_CPU_EFFICIENCY = Efficiency(compute=0.85, memory=0.75, link=0.8)
-_CPU_HANDOFF_SECONDS = 1e-4
-_CPU_LAYER_SECONDS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -176,23 +172,8 @@ def _guess(device: str, name: str, dtype: str) -> Device:
     flops = 2.0 * size**3 / _fastest_seconds(lambda: matrix @ matrix)
     memory = torch.ones(64 << 20)
     bytes_per_second = memory.nbytes / _fastest_seconds(memory.sum)
-    link = Link(
-        host_to_device_bytes_per_second=bytes_per_second,
-        device_to_host_bytes_per_second=bytes_per_second,
-        device_to_device_bytes_per_second=bytes_per_second,
-        latency_seconds=_CPU_HANDOFF_SECONDS,
-    )
-    return Device(
-        name=name,
-        memory_bytes=free_bytes("cpu"),
-        memory_bytes_per_second=bytes_per_second,
-        bf16_flops_per_second=flops,
-        link=link,
-        all_reduce_bytes_per_second={},
-        efficiency=_CPU_EFFICIENCY,
-        layer_overhead_seconds=_CPU_LAYER_SECONDS,
-        control_seconds=_CPU_HANDOFF_SECONDS,
-    )
+    measured = {"memory_bytes_per_second": bytes_per_second, "bf16_flops_per_second": flops, "name": name}
+    return load_hardware("cpu").device.model_copy(update=measured)
 
 
 def _fastest_seconds(work: Callable[[], object]) -> float:

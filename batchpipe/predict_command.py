@@ -34,7 +34,7 @@ def train_command(
         "rows": len(examples),
         "rows_cut": int((~examples.ended).sum()),
         "features": len(classifier.model.features),
-        "class_edges_tokens": classifier.edges_tokens.tolist(),
+        "quantile_edges_tokens": classifier.edges_tokens.tolist(),
     }
 
 

@@ -199,6 +199,17 @@ MODELS = {
 }
 
 
+def read_curve(path: Path) -> list[float]:
+    """Seconds of a forward of so many tokens, from 0; beyond the last one measured, straight on to twice as many."""
+    columns = columns_of(path)
+    tokens, milliseconds = ([float(value) for value in columns[name]] for name in ("Total Length", "Execute Time"))
+    last = len(tokens)
+    assert tokens == list(range(1, last + 1)), f"{path}: a token count is missing"
+    curve = [0.0] + [each / 1e3 for each in milliseconds]
+    token_seconds = (curve[last] - curve[last // 2]) / (last - last // 2)
+    return curve + [curve[last] + more * token_seconds for more in range(1, last + 1)]
+
+
 class CurveCost:
     """A measured curve, tokens of a forward to seconds of the whole model, cut evenly over cards.
 
@@ -217,11 +228,11 @@ class CurveCost:
         tensor_parallel: bool,
         control_seconds: float,
     ) -> None:
-        columns = columns_of(data / "profiles/tdpipe_L20" / model.profile)
-        assert [int(tokens) for tokens in columns["Total Length"]] == list(range(1, len(columns["Total Length"]) + 1))
         self.num_stages = 1 if tensor_parallel else num_cards
         self.control_seconds = control_seconds
-        self._card_seconds = [0.0] + [float(ms) / 1e3 / num_cards for ms in columns["Execute Time"]]
+        self._card_seconds = [
+            seconds / num_cards for seconds in read_curve(data / "profiles/tdpipe_L20" / model.profile)
+        ]
         self._kv_seconds = model.kv_bytes_per_token / num_cards / card.kv_bytes_per_second
         self._pair_seconds = 4 * model.hidden_size * model.num_layers / num_cards / card.attention_flops_per_second
         hidden_bytes = 2 * model.hidden_size

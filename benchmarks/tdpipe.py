@@ -37,7 +37,7 @@ SYSTEMS = (
 PUBLISHED = {"engines/separate": 2.73, "engines/hybrid": 2.21, "tensor/separate": 1.91, "tensor/hybrid": 1.90}
 TRACES = ("sharegpt", "azure2023_conv", "etalon_bwb")
 # Requests of a trace: one or two million completion tokens each.
-NUM_REQUESTS = {"sharegpt": 5000, "etalon_sharegpt8k": 3000, "azure2023_conv": 5000, "etalon_bwb": 1000}
+NUM_REQUESTS = {"sharegpt": 5000, "etalon_sharegpt8k": 3000, "azure2023_conv": 5000, "etalon_bwb": 500}
 NUM_CARDS = 4
 # vLLM 0.5.3 cuts prompts to fill steps of 512 tokens; whole prompts go up to the end of the profile.
 MAX_STEP_TOKENS = {"hybrid": 512}

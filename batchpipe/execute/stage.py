@@ -52,10 +52,18 @@ class StageSpec:
 
 
 def device_name(device: str, num_threads: int) -> str:
-    """The GPU's name, or the processor's kind and the threads it computes with."""
+    """The GPU's name, or the processor's and the threads it computes with."""
     if device == "cpu":
-        return f"{platform.machine()} CPU, {num_threads} threads"
+        return f"{processor_name()}, {num_threads} threads"
     return torch.cuda.get_device_name(device)
+
+
+def processor_name() -> str:
+    """As the system calls the processor, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = next((line for line in lines if line.startswith("model name")), "")
+    return named.partition(":")[2].strip() or f"{platform.machine()} CPU"
 
 
 class Stage:

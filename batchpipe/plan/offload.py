@@ -11,7 +11,7 @@ groups of layers, not for two batches, and every byte the link carries in a roun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,30 +64,41 @@ class DecodeTime:
         rows = np.minimum(num_rows, len(self.by_rows_seconds) - 1)
         return np.asarray(self.by_rows_seconds[rows] + self.context_token_seconds * np.asarray(context_tokens))
 
-    def edge_sequences(self, max_sequences: int, context_tokens: float, rows_per_sequence: float) -> int:
-        """The fewest sequences of so much context each whose tokens per second are as good as the best there are.
-
-        rows_per_sequence: 1, and the prompt tokens that ride along with each of them.
-        """
+    def edge_sequences(self, max_sequences: int, context_tokens: float) -> int:
+        """The fewest sequences of so much context each whose tokens per second are as good as the best there are."""
         numbers = np.arange(1, max_sequences + 1)
-        rows = np.ceil(numbers * rows_per_sequence).astype(np.int64)
-        rates = numbers / self.seconds(rows, (numbers * context_tokens).astype(np.int64))
+        rates = numbers / self.seconds(numbers, (numbers * context_tokens).astype(np.int64))
         return int(np.argmax(rates >= (1 - FLAT) * rates.max())) + 1
 
+    def steady_sequences(
+        self, max_sequences: int, context_tokens: float, sequence_blocks: float,
+        capacity_blocks: Callable[[FloatArray], FloatArray],
+    ) -> int:  # fmt: skip
+        """The most sequences a batch that keep themselves: their KV is within what steps of their time can hold.
 
-def prefetch_budget_bytes(step_seconds: float, link_bytes_per_second: float) -> float:
+        capacity_blocks: a batch's capacity by seconds of a step. At least 1.
+        """
+        numbers = np.arange(1, max_sequences + 1)
+        seconds = self.seconds(numbers, (numbers * context_tokens).astype(np.int64))
+        kept = np.flatnonzero(numbers * sequence_blocks <= capacity_blocks(seconds))
+        return int(numbers[kept[-1]]) if len(kept) else 1
+
+
+def prefetch_budget_bytes(step_seconds: FloatArray | float, link_bytes_per_second: float) -> FloatArray:
     """What the link carries while the current step runs (PipeMax's sliding window)."""
-    return step_seconds * link_bytes_per_second
+    return np.asarray(step_seconds) * link_bytes_per_second
 
 
-def batch_capacity_blocks(device_blocks: float, budget_blocks: float, num_batches: int, num_buffers: float) -> float:
+def batch_capacity_blocks(
+    device_blocks: float, budget_blocks: FloatArray | float, num_batches: int, num_buffers: float
+) -> FloatArray:
     """K, the KV of each of C batches when each loads Q blocks a step: (M + (C - B) Q) / C, and M / B at most.
 
     num_buffers: how much of a batch's loads the device holds beside what stays there: 2 where a whole batch is loaded
     while another runs; 2 / G where loads come in G groups of layers while the batch itself runs.
     """
-    capacity = (device_blocks + (num_batches - num_buffers) * budget_blocks) / num_batches
-    return min(capacity, device_blocks / num_buffers)
+    capacity = (device_blocks + (num_batches - num_buffers) * np.asarray(budget_blocks)) / num_batches
+    return np.minimum(capacity, device_blocks / num_buffers)
 
 
 def pipeline_capacity_tokens(
@@ -102,7 +113,9 @@ def pipeline_capacity_tokens(
     A stage with less memory or more layers loads more of a batch than others do: a watermark for each stage.
     """
     stages = zip(device_bytes, budget_bytes, token_bytes, strict=True)
-    return min(batch_capacity_blocks(room, budget, num_batches, num_buffers) / each for room, budget, each in stages)
+    return min(
+        float(batch_capacity_blocks(room, budget, num_batches, num_buffers)) / each for room, budget, each in stages
+    )
 
 
 @dataclass(frozen=True, slots=True)

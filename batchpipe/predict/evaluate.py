@@ -19,7 +19,8 @@ _NUM_GROUPS = 4000
 class Evaluation:
     """Over rows whose real and predicted lengths are both cut at `max_tokens`, as a run with that limit would.
 
-    accuracy: share of rows of the class that was said; rows cut too early to know their class are left out of it.
+    accuracy: share of rows in the quantile (25, 50, 75 and 99 % of the training's lengths) that is the likeliest of
+    their class; rows cut too early to know their quantile are left out of it, and None is said where all were.
     bias: predicted sum of all rows over the real one, less 1.
     group_sum_error: mean of |predicted sum / real sum - 1| over groups of `group_rows` different rows drawn at random;
     unbiased_group_sum_error: the same after the predictions are scaled so that their sum over all rows is right, which
@@ -28,7 +29,7 @@ class Evaluation:
 
     num_rows: int
     max_tokens: int
-    accuracy: float
+    accuracy: float | None
     mean_absolute_error_tokens: float
     bias: float
     group_rows: int
@@ -45,14 +46,15 @@ def evaluate(classifier: TrainedClassifier, examples: Examples, *, max_tokens: i
     seconds = time.perf_counter() - started
 
     real = np.minimum(examples.num_tokens, max_tokens).astype(np.float64)
-    true_classes = classifier.true_classes(examples.num_tokens)
+    said = classifier.likely_quantiles()[classes]
+    is_right = said == classifier.quantiles_of(examples.num_tokens)
     is_known = examples.ended | (examples.num_tokens > classifier.edges_tokens[-1])
     has_groups = len(examples) >= GROUP_ROWS
     unbiased = predicted * (real.sum() / predicted.sum())
     return Evaluation(
         num_rows=len(examples),
         max_tokens=max_tokens,
-        accuracy=float((classes == true_classes)[is_known].mean()) if is_known.any() else 0.0,
+        accuracy=float(is_right[is_known].mean()) if is_known.any() else None,
         mean_absolute_error_tokens=float(np.abs(predicted - real).mean()),
         bias=float(predicted.sum() / real.sum() - 1),
         group_rows=GROUP_ROWS,

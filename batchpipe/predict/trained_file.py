@@ -24,7 +24,7 @@ _DTYPES = {
     "features": np.int64,
     "rarity": np.float32,
     "weights": np.float32,
-    "bias": np.float32,
+    "bounds": np.float64,
     "edges_tokens": np.int32,
     "grid_tokens": np.int32,
     "alive": np.float64,
@@ -43,7 +43,7 @@ def save_classifier(path: Path, classifier: TrainedClassifier, fingerprint: str)
         "features": classifier.model.features,
         "rarity": classifier.model.rarity,
         "weights": classifier.model.weights,
-        "bias": classifier.model.bias,
+        "bounds": classifier.bounds,
         "edges_tokens": classifier.edges_tokens,
         "grid_tokens": classifier.prior.grid_tokens,
         "alive": classifier.prior.alive,
@@ -77,8 +77,9 @@ def load_classifier(path: Path, fingerprint: str) -> TrainedClassifier:
     fault = _fault(tensors)
     if fault is not None:
         raise JobError(f"predict.method: {path} is damaged: {fault}")
-    model = LinearModel(tensors["features"], tensors["rarity"], tensors["weights"], tensors["bias"])
-    return TrainedClassifier(model, tensors["edges_tokens"], Survival(tensors["grid_tokens"], tensors["alive"]))
+    model = LinearModel(tensors["features"], tensors["rarity"], tensors["weights"])
+    prior = Survival(tensors["grid_tokens"], tensors["alive"])
+    return TrainedClassifier(model, tensors["bounds"], tensors["edges_tokens"], prior)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -98,21 +99,16 @@ def _fault(tensors: dict[str, FloatArray]) -> str | None:
     """What about the arrays cannot be right, None where all fits together."""
     if {name: array.dtype for name, array in tensors.items()} != {name: np.dtype(t) for name, t in _DTYPES.items()}:
         return "its arrays are not those of a predictor"
-    num_features, num_classes, num_lengths = len(tensors["features"]), len(tensors["bias"]), len(tensors["grid_tokens"])
-    shapes = {
-        "features": (num_features,),
-        "rarity": (num_features,),
-        "weights": (num_features, num_classes),
-        "bias": (num_classes,),
-        "edges_tokens": (num_classes - 1,),
-        "grid_tokens": (num_lengths,),
-        "alive": (num_classes, num_lengths),
-    }
-    if any(tensors[name].shape != shape for name, shape in shapes.items()) or num_features < 1 or num_classes < 1:
+    alive, grid = tensors["alive"], tensors["grid_tokens"]
+    if any(array.ndim != (2 if name == "alive" else 1) for name, array in tensors.items()):
+        return "its arrays do not belong together"
+    is_model = 1 <= len(tensors["features"]) == len(tensors["rarity"]) == len(tensors["weights"])
+    if not is_model or alive.shape != (len(tensors["bounds"]) + 1, len(grid)) or len(grid) < 2:
         return "its arrays do not belong together"
     if not all(np.isfinite(array).all() for array in tensors.values()):
         return "it holds numbers that are not finite"
-    alive, grid = tensors["alive"], tensors["grid_tokens"]
     is_curve = (alive[:, 0] == 1).all() and (alive[:, -1] == 0).all() and (np.diff(alive, axis=1) <= 0).all()
-    increases = all((np.diff(tensors[name]) > 0).all() for name in ("features", "grid_tokens", "edges_tokens"))
+    increases = all(
+        (np.diff(tensors[name]) > 0).all() for name in ("features", "bounds", "edges_tokens", "grid_tokens")
+    )
     return None if is_curve and increases and grid[0] == 0 else "its curves or numbers are not in order"

@@ -16,7 +16,7 @@ L20 = known_hardware()["l20"].read_text()
 def test_every_file_that_comes_with_batchpipe_loads(name: str) -> None:
     hardware = load_hardware(name)
     assert hardware.num_devices == 1
-    assert hardware.device.effective_link.host_to_device_bytes_per_second < (
+    assert hardware.device.effective_link.host_to_device_bytes_per_second <= (
         hardware.device.link.host_to_device_bytes_per_second
     )
 
