@@ -157,7 +157,9 @@ def train(sources: tuple[Path, ...], model: str, prompt_column: str, length_colu
 @predictor.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @_past_outputs
-@click.option("--max-tokens", type=int, help="Longest completion; by default that of the longest row.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Longest completion; by default that of the longest row."
+)
 def evaluate(
     file: Path,
     sources: tuple[Path, ...],

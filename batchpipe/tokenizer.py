@@ -32,6 +32,10 @@ class Tokenizer:
         """The texts of the special tokens."""
         return list(self._backend.all_special_tokens)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's text and id."""
+        return dict(self._backend.get_vocab())
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

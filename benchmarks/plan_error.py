@@ -2,8 +2,8 @@
 
     python benchmarks/plan_error.py DATA_FOLDER --model MODEL_DIR [--jobs gsm8k sharegpt mmlu]
 
-A plan needs the machine's profile (`batchpipe profile`) and some idea of this model's lengths: a predictor is trained on
-the answers to other rows of the same kind. DATA_FOLDER holds the prompts of openai/grade-school-math (gsm8k_train,
+A plan needs the machine's profile (`batchpipe profile`) and some idea of this model's lengths: a predictor is trained
+on the answers to other rows of the same kind. DATA_FOLDER holds the prompts of openai/grade-school-math (gsm8k_train,
 gsm8k_test), ShareGPT V3 first turns with splits (sharegpt_prompts) and hendrycks/test (mmlu_57subjects), as .jsonl.xz.
 """
 
@@ -45,12 +45,17 @@ def sharegpt(data: Path) -> tuple[list[str], list[str], int]:
 
 def mmlu(data: Path) -> tuple[list[str], list[str], int]:
     """Nine questions of each subject, the subject's five shots before each; one token needs no pilot."""
-    prompts = [
-        subject["dev"] + question if isinstance(subject["dev"], str) else "\n\n".join([*subject["dev"], question])
-        for subject in lines(data / "mmlu_57subjects.jsonl.xz")
-        for question in [item if isinstance(item, str) else item["prompt"] for item in subject["test"][:9]]
-    ]
+    prompts = []
+    for subject in lines(data / "mmlu_57subjects.jsonl.xz"):
+        shots = "\n\n".join(_question(row, answered=True) for row in subject["dev"])
+        prompts += [f"{shots}\n\n{_question(row, answered=False)}" for row in subject["test"][:9]]
     return prompts[:512], [], 1
+
+
+def _question(row: list[str], *, answered: bool) -> str:
+    """A row is the question, four choices and the number of the right one."""
+    choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row[1:5], strict=True))
+    return f"{row[0]}\n{choices}\nAnswer:" + (f" {'ABCD'[int(row[5])]}" if answered else "")
 
 
 JOBS = {"gsm8k": gsm8k, "sharegpt": sharegpt, "mmlu": mmlu}

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from batchpipe.errors import JobError
 from batchpipe.job.explain import explain, key_paths, section_of, shown, unknown_key
-from batchpipe.job.spec import Job
+from batchpipe.job.spec import PREDICT_METHODS, Job
 from batchpipe.job.strict_yaml import read_yaml
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -140,8 +140,11 @@ def _with_absolute_paths(job: Job, folder: Path) -> Job:
         "path": tuple(map(absolute, job.input.path)),
         "chat_template": chat_template if chat_template in ("auto", "none") else absolute(chat_template),
     }
+    method = job.predict.method
+    changed_predict = {"method": method if method in PREDICT_METHODS else absolute(method)}
     return job.model_copy(
         update={
+            "predict": job.predict.model_copy(update=changed_predict),
             "model": job.model.model_copy(update={"name": absolute(name) if is_local_model else name}),
             "input": job.input.model_copy(update=changed_input),
             "output": job.output.model_copy(update={"path": absolute(job.output.path)}),

@@ -63,12 +63,18 @@ class InputSpec(v.Section):
         return self
 
 
+# What predict.method may be beside a file.
+PREDICT_METHODS = ("auto", "none", "quantile", "classifier")
+
+
 class PredictSpec(v.Section):
     """Forecast of completion lengths."""
 
     method: Annotated[
         v.Name,
-        Field(description="auto (quantile), none, quantile, or the file of a predictor trained on past outputs."),
+        Field(
+            description="auto (quantile), none, quantile, classifier (one that comes with batchpipe), or a trained file."
+        ),
     ] = "auto"
 
 

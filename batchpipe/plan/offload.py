@@ -233,9 +233,7 @@ def evictions(blocks: IntArray, steps_to_next_use: IntArray, needed_blocks: int)
     return order[: int(np.searchsorted(np.cumsum(blocks[order]), needed_blocks)) + 1]
 
 
-def prefills_next(
-    prefilling: bool, live_blocks: int, prompt_blocks: int, device_blocks: int, host_blocks: int
-) -> bool:
+def prefills_next(prefilling: bool, live_blocks: int, prompt_blocks: int, device_blocks: int, host_blocks: int) -> bool:
     """PipeMax's phases: prompts until the host's watermark, then decodes until all that is left fits the device.
 
     live_blocks: of sequences that have KV; prompt_blocks: of the prompts that would come next.

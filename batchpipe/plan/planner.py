@@ -161,6 +161,7 @@ class Planner:
         state = self.state
         self.ledger.check_integrity()
         assert self.ledger.num_used == sum(self.ledger.num_owned(i) for i in state.running)
+        assert state.context_tokens == sum(sequence.num_tokens for sequence in state.running.values())
         parked = len(state.ready) + len(state.prefilling)
         assert parked + sum(s.num_in_flight > 0 for s in state.running.values()) >= len(state.running)
 
@@ -235,6 +236,7 @@ class Planner:
             return
         sequence.generated.append(token_id)
         sequence.num_tokens += 1
+        self.state.context_tokens += 1
         params = sequence.group.request.sampling
         if (token_id in self._eos_token_ids and not params.ignore_eos) or token_id in params.stop_token_ids:
             self._finish(sequence, FinishReason.STOP)

@@ -31,6 +31,7 @@ class Residents:
         sequence.admission = self._next_admission
         self._next_admission += 1
         state.running[sequence.sequence_id] = sequence
+        state.context_tokens += sequence.num_tokens
         self.started.append(sequence)
         state.prefilling.append(sequence)
         self._copy_beginning(sequence, blocks)
@@ -49,6 +50,7 @@ class Residents:
         assert sequence.num_in_flight == 0
         state = self.state
         del state.running[sequence.sequence_id]
+        state.context_tokens -= sequence.num_tokens
         state.ledger.release(sequence.sequence_id)
         self.tables.release_slot(sequence.slot)
         self.beginnings.forget(sequence, state.running.values())

@@ -24,6 +24,7 @@ class State:
     prefilling: deque[Sequence] = field(default_factory=deque)
     ready: deque[Sequence] = field(default_factory=deque)
     running: dict[int, Sequence] = field(default_factory=dict)  # in order of admission
+    context_tokens: int = 0  # of all that run, together
 
     @property
     def max_running(self) -> int:

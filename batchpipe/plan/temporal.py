@@ -45,6 +45,7 @@ class Temporal:
         self._age_steps = 0
         self._forecast: KvForecast | None = None
         self._counted: set[int] = set()
+        self._refused: tuple[int, KvForecast] | None = None  # asked again only of a new forecast
         self._prompt_per_output = 0.0
         self._next_look_steps = 0
 
@@ -64,12 +65,17 @@ class Temporal:
         if not state.has_blocks(sequence):
             return False
         forecast = self._current_forecast(state)
-        return forecast.peak_blocks_with(sequence) <= state.ledger.num_blocks
+        if self._refused == (sequence.sequence_id, forecast):
+            return False
+        fits = forecast.peak_blocks_with(sequence) <= state.ledger.num_blocks
+        if not fits:
+            self._refused = (sequence.sequence_id, forecast)
+        return fits
 
     def draw(self, state: State, num_decodes: int) -> list[Sequence]:
         if state.capacity.max_batches == 1 or len(state.ready) <= num_decodes:
             return list(islice(state.ready, num_decodes))
-        return balanced_draw(list(state.ready), num_decodes, _context_tokens(state) * num_decodes / len(state.running))
+        return balanced_draw(list(state.ready), num_decodes, state.context_tokens * num_decodes / len(state.running))
 
     def _current_forecast(self, state: State) -> KvForecast:
         if self._forecast is None or self._age_steps >= REFRESH_STEPS:
@@ -97,7 +103,7 @@ class Temporal:
         cost = state.cost
         if cost is None or num_decodes == 0:
             return num_decodes
-        each_tokens = _context_tokens(state) / len(state.running)
+        each_tokens = state.context_tokens / len(state.running)
         sizes = {num_decodes, *(num_decodes // tile * tile for tile in _TILES if num_decodes >= 4 * tile)}
 
         def rate(size: int) -> float:
@@ -143,7 +149,3 @@ def bottleneck_seconds(cost: CostModel, work: StepWork) -> float:
 
 def _mixed(num_decodes: int, num_prefill_tokens: int) -> StepWork:
     return StepWork(num_decodes + num_prefill_tokens, num_decodes, num_decodes, 0, 0)
-
-
-def _context_tokens(state: State) -> int:
-    return sum(sequence.num_tokens for sequence in state.running.values())

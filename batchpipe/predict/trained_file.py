@@ -33,7 +33,7 @@ _DTYPES = {
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 of the vocabulary with its ids, in hexadecimal: the same wherever a token id means the same."""
-    vocabulary = sorted(tokenizer._backend.get_vocab().items())
+    vocabulary = sorted(tokenizer.vocabulary().items())
     return hashlib.sha256(json.dumps([len(vocabulary), vocabulary]).encode()).hexdigest()
 
 
