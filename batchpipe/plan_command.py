@@ -116,6 +116,7 @@ class _Bench:
         self._lengths = lengths
         self._num_rows = num_rows
         self._hardware = hardware
+        self._machines: dict[tuple[Any, ...], Machine] = {}  # looked at once, so that all settings have the same memory
 
     def outlook(self, setting: Setting, rows: Sequence[int], scale: float = 1.0) -> Outlook:
         """`rows` are numbers of the rows looked at; where it is all of them, the rest of the input is added."""
@@ -189,10 +190,14 @@ class _Bench:
                 yield "plan.schedule", schedule, replace(setting, schedule=schedule)
 
     def _machine(self, engine: EngineSpec) -> Machine:
-        info = self._prepared.info
-        if self._hardware is None:
-            return this_machine(engine, info, self._prepared.model.name)
-        return other_machine(self._hardware, engine, info)
+        key = (engine.num_stages, engine.replicas, engine.block_tokens)
+        if key not in self._machines:
+            info = self._prepared.info
+            if self._hardware is None:
+                self._machines[key] = this_machine(engine, info, self._prepared.model.name)
+            else:
+                self._machines[key] = other_machine(self._hardware, engine, info)
+        return self._machines[key]
 
 
 def describe_plan(plan: dict[str, Any]) -> str:

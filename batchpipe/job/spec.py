@@ -73,7 +73,7 @@ class PredictSpec(v.Section):
     method: Annotated[
         v.Name,
         Field(
-            description="auto (quantile), none, quantile, classifier (one that comes with batchpipe), or a trained file."
+            description="auto (quantile), none, quantile, classifier (one that is installed), or a trained file."
         ),
     ] = "auto"
 

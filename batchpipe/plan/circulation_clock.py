@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from batchpipe.plan.circulation import CirculatedStep, Circulation, Window
+from batchpipe.plan.circulation import CirculatedStep, Circulation
 from batchpipe.plan.cost import CostModel
+from batchpipe.plan.residency import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,9 @@ class CirculationClock:
 
 
 def run_circulation(
-    circulation: Circulation, cost: CostModel, rates: Rates, *, after_step: Callable[[], None] | None = None
+    circulation: Circulation, cost: CostModel, rates: Rates, *, after_decision: Callable[[], None] | None = None
 ) -> CirculatedRun:
-    """Runs all sequences to their end. `after_step` is called once each step is recorded."""
+    """Runs all sequences to their end. `after_decision` is called after each step's."""
     manner, tiers = circulation.manner, circulation.tiers
     clock = CirculationClock(cost, rates, manner.window, manner.num_groups, tiers.block_bytes)
     in_flight: deque[tuple[CirculatedStep | None, float, float, float]] = deque()
@@ -101,10 +102,10 @@ def run_circulation(
         decided_seconds = 0.0
         if len(in_flight) == manner.num_batches:
             decided_seconds = _take(circulation, in_flight, cost.control_seconds)
-            if after_step is not None:
-                after_step()
         step = circulation.next_step(index)
         index += 1
+        if after_decision is not None:
+            after_decision()
         if step is None:
             in_flight.append((None, decided_seconds, 0.0, 0.0))
             continue

@@ -16,8 +16,8 @@ from batchpipe.predict.base import FloatArray, Survival
 
 # Blocks may run out in one of so many standard deviations' tail: about one forecast in twenty.
 RISK_DEVIATIONS = 1.65
-_FIRST_OFFSET_TOKENS = 8
-_GROWTH = 1.15
+_FIRST_OFFSET_TOKENS = 2
+_GROWTH = 1.2
 
 
 class KvForecast:

@@ -154,7 +154,7 @@ class Aim:
     def objective(
         self, num_sequences: IntArray | int, context_tokens: IntArray | int, blocks: IntArray | int
     ) -> FloatArray:
-        """PipeMax's lambda1 |Q_left| + lambda2 |T - T*|, each relative to Q and T*; infinite where it is not allowed."""
+        """PipeMax's lambda1 |Q_left| + lambda2 |T - T*|, relative to Q and T*; infinite where it is not allowed."""
         left = self.limit_blocks - np.asarray(blocks)
         value = FILL_WEIGHT * left / max(1, self.limit_blocks)
         if self.target_seconds is not None:

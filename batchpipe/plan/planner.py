@@ -161,6 +161,8 @@ class Planner:
         state = self.state
         self.ledger.check_integrity()
         assert self.ledger.num_used == sum(self.ledger.num_owned(i) for i in state.running)
+        for i, sequence in state.running.items():
+            assert sequence.room_tokens == self.ledger.num_owned(i) * self.ledger.block_tokens
         assert state.context_tokens == sum(sequence.num_tokens for sequence in state.running.values())
         parked = len(state.ready) + len(state.prefilling)
         assert parked + sum(s.num_in_flight > 0 for s in state.running.values()) >= len(state.running)

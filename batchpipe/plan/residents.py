@@ -26,6 +26,7 @@ class Residents:
         sequence = state.waiting.popleft()
         blocks = state.ledger.grow(sequence.sequence_id, sequence.num_tokens)
         assert blocks is not None, "admitted without room"
+        sequence.room_tokens = len(blocks) * state.ledger.block_tokens
         sequence.slot = self.tables.take_slot()
         self.tables.append(sequence.slot, 0, blocks)
         sequence.admission = self._next_admission
@@ -38,12 +39,16 @@ class Residents:
 
     def grow(self, sequence: Sequence) -> bool:
         """Makes sure of a block for the sequence's next token; False, with nothing changed, where none is free."""
+        if sequence.num_tokens <= sequence.room_tokens:
+            return True
         ledger = self.state.ledger
         num_owned = ledger.num_owned(sequence.sequence_id)
         blocks = ledger.grow(sequence.sequence_id, sequence.num_tokens)
-        if blocks:
-            self.tables.append(sequence.slot, num_owned, blocks)
-        return blocks is not None
+        if blocks is None:
+            return False
+        self.tables.append(sequence.slot, num_owned, blocks)
+        sequence.room_tokens += len(blocks) * ledger.block_tokens
+        return True
 
     def leave(self, sequence: Sequence) -> None:
         """Takes blocks, slot and sampler state from a sequence that is not in flight."""

@@ -39,6 +39,7 @@ class Sequence:
     num_tokens: int  # of prompt and generated text together
     slot: int = -1
     admission: int = -1
+    room_tokens: int = 0  # what its blocks hold
     num_scheduled: int = 0
     num_in_flight: int = 0
     generated: list[int] = field(default_factory=list)

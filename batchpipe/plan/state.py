@@ -14,7 +14,7 @@ from batchpipe.types import Capacity
 
 @dataclass(slots=True)
 class State:
-    """A sequence waits, is admitted (from then on it runs), is prefilled in pieces, then by turns ready and in flight."""
+    """A sequence waits, is admitted (it runs from then on), is prefilled in pieces, then is ready or in flight."""
 
     capacity: Capacity
     ledger: BlockLedger

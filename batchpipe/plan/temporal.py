@@ -33,7 +33,8 @@ BALANCE_SHARE = 0.03
 RIDE_SURPLUS = 1.25
 # A longer step is worth it while it takes no more than this part longer.
 FLAT = 0.02
-REFRESH_STEPS = 4
+# A forecast serves while every sequence draws so many tokens.
+REFRESH_TOKENS = 4
 _TILES = (128, 64, 32, 16)
 _LOOK_AHEAD_REQUESTS = 64
 _ENDLESS_TOKENS = 1 << 17
@@ -78,7 +79,7 @@ class Temporal:
         return balanced_draw(list(state.ready), num_decodes, state.context_tokens * num_decodes / len(state.running))
 
     def _current_forecast(self, state: State) -> KvForecast:
-        if self._forecast is None or self._age_steps >= REFRESH_STEPS:
+        if self._forecast is None or self._age_steps >= REFRESH_TOKENS * state.capacity.max_batches:
             running = state.running.values()
             survival = state.survival or never_ending()
             self._forecast = KvForecast(survival, state.capacity.block_tokens, running)
