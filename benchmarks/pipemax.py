@@ -24,13 +24,14 @@ from replay_cases import EOS_TOKEN_ID, Lengths, ReplayPredictor, columns_of, rea
 from batchpipe.execute.simulate import SimulatedPipeline
 from batchpipe.plan.circulation import Circulation, Manner
 from batchpipe.plan.circulation_clock import Rates, run_circulation
+from batchpipe.plan.decode_time import DecodeTime
 from batchpipe.plan.geometry import KNOWN_GEOMETRIES
 from batchpipe.plan.hardware import load_hardware
 from batchpipe.plan.offload import (
     Aim,
     Candidates,
-    DecodeTime,
     batch_capacity_blocks,
+    pipeline_capacity_tokens,
     prefetch_budget_bytes,
     select,
 )
@@ -72,8 +73,8 @@ class Workload:
 
 WORKLOADS = {
     "sharegpt": Workload("etalon_sharegpt8k", (343.76, 237.20), 5000),
-    "longbench": Workload("etalon_sharegpt8k", (2686.89, 101.78), 1500, min_prompt_tokens=1024),
-    "bwb": Workload("etalon_bwb", None, 800),
+    "longbench": Workload("etalon_sharegpt8k", (2686.89, 101.78), 1000, min_prompt_tokens=1024),
+    "bwb": Workload("etalon_bwb", None, 400),
 }
 
 
@@ -108,8 +109,7 @@ class Node:
         cost = RooflineCost.pipeline(hardware, geometry, NUM_STAGES)
         link = hardware.device.effective_link
         num_layers = geometry.num_layers // NUM_STAGES
-        weight_bytes = sum(geometry.layer_weight_bytes[:num_layers]) + geometry.head_weight_bytes
-        room = MEMORY_SHARE * hardware.device.memory_bytes - ACTIVATION_BYTES - weight_bytes
+        room = min(room_bytes(machine))
         block_bytes = BLOCK_TOKENS * num_layers * geometry.kv_bytes_per_token_layer
         tiers = Tiers(
             device_blocks=int(room) // block_bytes,
@@ -120,6 +120,25 @@ class Node:
         )
         rates = Rates(link.host_to_device_bytes_per_second, link.device_to_host_bytes_per_second, lambda index: 1.0)
         return cls(cost, tiers, rates, DecodeTime.of(cost, MAX_STEP_TOKENS))
+
+
+def room_bytes(machine: str) -> list[float]:
+    """Each stage's room for KV: the first one also holds the embedding, the last one the head."""
+    geometry, memory = KNOWN_GEOMETRIES[MODEL], load_hardware(machine).device.memory_bytes
+    layers_bytes = sum(geometry.layer_weight_bytes[: geometry.num_layers // NUM_STAGES])
+    ends = [geometry.head_weight_bytes if stage in (0, NUM_STAGES - 1) else 0 for stage in range(NUM_STAGES)]
+    return [MEMORY_SHARE * memory - ACTIVATION_BYTES - layers_bytes - more for more in ends]
+
+
+def watermark_gain(machine: str, slow_link_share: float) -> float:
+    """KV of a batch with a watermark a stage, over the least of each for all; one middle stage's link is slow."""
+    node, rooms = Node.of(machine), room_bytes(machine)
+    budget = prefetch_budget_bytes(float(node.time.seconds(64, 0)), node.tiers.load_bytes_per_second)
+    budgets = [float(budget) * (slow_link_share if stage == NUM_STAGES // 2 else 1.0) for stage in range(NUM_STAGES)]
+    token_bytes = [node.tiers.block_bytes // BLOCK_TOKENS] * NUM_STAGES
+    own = pipeline_capacity_tokens(rooms, budgets, token_bytes, NUM_STAGES, 2)
+    least = pipeline_capacity_tokens([min(rooms)] * NUM_STAGES, [min(budgets)] * NUM_STAGES, token_bytes, NUM_STAGES, 2)
+    return own / least
 
 
 PIPEMAX = Manner(
@@ -260,6 +279,8 @@ def main() -> None:
             run = contended if args.contended else compare
             num_requests = args.requests or workload.num_requests
             found[f"{machine} {name}"] = run(args.data, machine, workload, num_requests, args.seed)
+    found["watermark a stage, links alike"] = {name: watermark_gain(name, 1.0) for name in args.machines}
+    found["watermark a stage, one link at half"] = {name: watermark_gain(name, 0.5) for name in args.machines}
     found["select_seconds_of_1000"] = select_seconds(1000)
     print(json.dumps(found))
 

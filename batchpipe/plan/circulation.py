@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchpipe.plan.cost import StepWork
+from batchpipe.plan.decode_time import DecodeTime, IntArray
 from batchpipe.plan.offload import (
     HOST_WATERMARK,
     Aim,
     Candidates,
-    DecodeTime,
-    IntArray,
     StallFeedback,
     batch_capacity_blocks,
     prefetch_budget_bytes,

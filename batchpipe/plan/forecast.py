@@ -38,17 +38,23 @@ class KvForecast:
 
     def peak_blocks(self) -> float:
         """What is needed at the worst moment, but for the risk taken."""
-        return float((self._mean + RISK_DEVIATIONS * np.sqrt(self._variance)).max())
+        return self._peak(self._mean, self._variance)
 
     def peak_blocks_with(self, sequence: Sequence) -> float:
         """`peak_blocks` if this sequence ran too."""
         mean, variance = self._share_of(sequence)
-        return float((self._mean + mean + RISK_DEVIATIONS * np.sqrt(self._variance + variance)).max())
+        return self._peak(self._mean + mean, self._variance + variance)
 
     def add(self, sequence: Sequence) -> None:
         mean, variance = self._share_of(sequence)
         self._mean = self._mean + mean
         self._variance = self._variance + variance
+
+    def _peak(self, mean: FloatArray, variance: FloatArray) -> float:
+        """Rows err each for itself, and all together as far as their level is not known; what is held now is sure."""
+        level = self._survival.level_error * mean
+        level[0] = 0.0
+        return float((mean + RISK_DEVIATIONS * np.sqrt(variance + level**2)).max())
 
     def _share_of(self, sequence: Sequence) -> tuple[FloatArray, FloatArray]:
         blocks, alive = self._blocks_and_alive([sequence])
@@ -59,8 +65,8 @@ class KvForecast:
         count = len(sequences)
         context = np.fromiter((s.num_tokens for s in sequences), np.float64, count)
         generated = np.fromiter((len(s.generated) for s in sequences), np.float64, count)
-        limit = np.fromiter((s.group.request.sampling.max_tokens for s in sequences), np.float64, count)
-        classes = np.fromiter((s.group.request.length_class for s in sequences), np.int32, count)
+        limit = np.fromiter((s.max_tokens for s in sequences), np.float64, count)
+        classes = np.fromiter((s.length_class for s in sequences), np.int32, count)
         offsets = self.offsets_tokens[None, :]
         now = self._survival.at(classes, generated)
         later = self._survival.at(classes, generated[:, None] + offsets)

@@ -239,14 +239,13 @@ class Planner:
         sequence.generated.append(token_id)
         sequence.num_tokens += 1
         self.state.context_tokens += 1
-        params = sequence.group.request.sampling
-        if (token_id in self._eos_token_ids and not params.ignore_eos) or token_id in params.stop_token_ids:
+        if token_id in sequence.end_token_ids:
             self._finish(sequence, FinishReason.STOP)
             return
         text_length = sequence.matcher.feed(token_id) if sequence.matcher is not None else None
         if text_length is not None:
             self._finish(sequence, FinishReason.STOP, text_length)
-        elif len(sequence.generated) >= params.max_tokens:
+        elif len(sequence.generated) >= sequence.max_tokens:
             self._finish(sequence, FinishReason.LENGTH)
         else:
             self.state.ready.append(sequence)
@@ -287,6 +286,7 @@ class Planner:
 
     def _new_sequence(self, group: RequestGroup, sample_index: int) -> Sequence:
         request = group.request
+        eos_token_ids = frozenset[int]() if request.sampling.ignore_eos else self._eos_token_ids
         sequence = Sequence(
             sequence_id=self._next_sequence_id,
             group=group,
@@ -295,6 +295,9 @@ class Planner:
             matcher=self._matcher_of(request.sampling),
             prompt=request.prompt_token_ids,
             num_tokens=len(request.prompt_token_ids),
+            max_tokens=request.sampling.max_tokens,
+            end_token_ids=eos_token_ids.union(request.sampling.stop_token_ids),
+            length_class=request.length_class,
         )
         self._next_sequence_id += 1
         return sequence

@@ -11,7 +11,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from batchpipe.plan.offload import IntArray, evictions
+from batchpipe.plan.decode_time import IntArray
+from batchpipe.plan.offload import evictions
 
 NOBODY: IntArray = np.zeros(0, dtype=np.int64)
 
@@ -75,13 +76,13 @@ class Residency:
             away = np.where(turns_away == 0, self.num_batches, turns_away)
             self._release(residents[evictions(blocks, away, buffer_blocks - free)])
             return self.room_blocks
-        # Step i - 1 still runs while this step's loads come.
-        movable = residents[(turns_away != 0) & (turns_away != self.num_batches - 1)]
-        away = (self.batch[movable] - index) % self.num_batches
-        free += self._release(movable[evictions(self.blocks(movable), away, -free)])
-        lately = movable[(away == self.num_batches - 2) & self.on_device[movable]]
-        leaving = evictions(self.blocks(lately), np.zeros_like(lately), wanted_blocks - free)
-        return max(0, free + self._release(lately[leaving]))
+        # What decodes need beside the loads is due only once step i - 1 is done, so its batch may lose blocks too.
+        self._release(residents[evictions(blocks, turns_away, -free)])
+        lately = residents[(turns_away == self.num_batches - 2) & self.on_device[residents]]
+        # Loads come while step i - 1 runs: of two batches, neither has blocks to give then.
+        lately = lately if self.num_batches > 2 else NOBODY
+        leaving = evictions(self.blocks(lately), np.zeros_like(lately), wanted_blocks - max(0, free))
+        return max(0, free) + self._release(lately[leaving])
 
     def settle(self, sequences: IntArray, batch: int, buffer_blocks: int) -> None:
         """Keeps those of the sequences on the device, in order, that find room there; they belong to this batch."""

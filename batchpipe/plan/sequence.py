@@ -37,6 +37,9 @@ class Sequence:
     matcher: StopMatcher | None
     prompt: Int32Array
     num_tokens: int  # of prompt and generated text together
+    max_tokens: int
+    end_token_ids: frozenset[int]  # whichever is drawn ends it
+    length_class: int
     slot: int = -1
     admission: int = -1
     room_tokens: int = 0  # what its blocks hold

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,7 @@ from batchpipe.plan.sequence import Sequence
 from batchpipe.types import Int32Array, SequenceStart, Step
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`num_tokens` new tokens of a sequence behind `num_context` tokens; `samples`: a token is drawn at its end."""
 
     sequence: Sequence

@@ -33,11 +33,14 @@ def length_grid(max_tokens: int) -> Int32Array:
 class Survival:
     """Curves of C classes over G lengths, linear in between: `alive[c, g]` is P(length > grid_tokens[g]).
 
+    level_error: how far all lengths together may be off, one standard error as a part of their mean.
+
     grid_tokens [G] increases from 0; alive [C, G] starts at 1 and never increases. Behind the grid nothing lives.
     """
 
     grid_tokens: Int32Array
     alive: FloatArray
+    level_error: float = 0.0
 
     @property
     def num_classes(self) -> int:

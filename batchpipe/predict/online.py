@@ -20,6 +20,8 @@ from batchpipe.types import BoolArray, Int32Array
 # class's own. After some hundred completions both are small.
 PRIOR_ROWS = 16.0
 MOVED_ROWS = 16.0
+# Standard deviation of one model's lengths over their mean, about: the mean of so many rows is known to its part.
+LENGTH_VARIATION = 0.6
 
 
 class OnlinePredictor:
@@ -40,7 +42,8 @@ class OnlinePredictor:
     def survival(self, running_classes: Int32Array, running_tokens: Int32Array) -> Survival:
         running = self._table(running_classes, running_tokens, np.zeros(len(running_classes), np.bool_))
         table = self._finished + running
-        return Survival(self._grid_tokens, table.alive(self._moved_prior(table), MOVED_ROWS))
+        level_error = LENGTH_VARIATION / float(np.sqrt(PRIOR_ROWS + table.ended.sum()))
+        return Survival(self._grid_tokens, table.alive(self._moved_prior(table), MOVED_ROWS), level_error)
 
     def _table(self, classes: Int32Array, num_tokens: Int32Array, ended: BoolArray) -> LifeTable:
         return LifeTable.of(self._grid_tokens, self._classifier.prior.num_classes, classes, num_tokens, ended)

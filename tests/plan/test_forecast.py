@@ -19,11 +19,19 @@ CURVES = Survival(np.array([0, 39, 40, 100], np.int32), np.array([[1.0, 0.61, 0.
 
 def sequence(index: int, num_prompt: int, num_generated: int, length_class: int, max_tokens: int = 100) -> Sequence:
     made = request(index, num_prompt, max_tokens=max_tokens)
-    object.__setattr__(made, "length_class", length_class)
-    one = Sequence(index, RequestGroup(made, [None], 1), 0, index, None, made.prompt_token_ids, num_prompt)
-    one.generated = [1] * num_generated
-    one.num_tokens += num_generated
-    return one
+    return Sequence(
+        sequence_id=index,
+        group=RequestGroup(made, [None], 1),
+        sample_index=0,
+        stream=index,
+        matcher=None,
+        prompt=made.prompt_token_ids,
+        num_tokens=num_prompt + num_generated,
+        max_tokens=max_tokens,
+        end_token_ids=frozenset(),
+        length_class=length_class,
+        generated=[1] * num_generated,
+    )
 
 
 def test_a_sure_length_is_forecast_exactly() -> None:
@@ -76,3 +84,13 @@ def test_the_peak_is_seldom_passed_at_its_moment_and_is_no_worst_case() -> None:
         in_use.append((np.ceil((20 + generated + moment) / BLOCK_TOKENS) * alive).sum())
     assert 0.0 < np.mean(np.array(in_use) > forecast.peak_blocks()) < 0.08
     assert forecast.peak_blocks() < 0.8 * sum(np.ceil(120 / BLOCK_TOKENS) for _ in rows)
+
+
+def test_a_level_that_is_not_known_is_a_margin_on_what_is_to_come() -> None:
+    unsure = Survival(CURVES.grid_tokens, CURVES.alive, level_error=0.2)
+    rows = [sequence(i, 20, 0, 1) for i in range(10)]
+    sure_peak = KvForecast(CURVES, BLOCK_TOKENS, rows).peak_blocks()
+    assert KvForecast(unsure, BLOCK_TOKENS, rows).peak_blocks() == pytest.approx(sure_peak * (1 + 1.65 * 0.2))
+    ending = [sequence(i, 20, 39, 1) for i in range(10)]
+    held = KvForecast(CURVES, BLOCK_TOKENS, ending).mean_blocks[0]
+    assert KvForecast(unsure, BLOCK_TOKENS, ending).peak_blocks() == pytest.approx(held)
