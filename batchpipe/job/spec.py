@@ -72,9 +72,7 @@ class PredictSpec(v.Section):
 
     method: Annotated[
         v.Name,
-        Field(
-            description="auto (quantile), none, quantile, classifier (one that is installed), or a trained file."
-        ),
+        Field(description="auto (quantile), none, quantile, classifier (one that is installed), or a trained file."),
     ] = "auto"
 
 

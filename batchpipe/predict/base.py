@@ -80,6 +80,11 @@ class Classifier(Protocol):
         """Curves that end at 0, so that whatever share of rows lives longest has its place in them."""
         ...
 
+    @property
+    def level_error(self) -> float:
+        """How far a job's mean length may be from that of the curves: one standard error, as a part of the mean."""
+        ...
+
     def classify(self, prompts: Sequence[Int32Array]) -> Int32Array:
         """The class of each prompt, from its token ids."""
         ...

@@ -52,6 +52,8 @@ class TrainedClassifier:
     that it was trained on into quantiles, by which it is judged: edges[q - 1] < length <= edges[q].
     """
 
+    level_error = 0.1  # of past outputs, but seldom of this very job's rows
+
     model: LinearModel
     bounds: FloatArray
     edges_tokens: Int32Array

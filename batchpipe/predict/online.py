@@ -42,8 +42,14 @@ class OnlinePredictor:
     def survival(self, running_classes: Int32Array, running_tokens: Int32Array) -> Survival:
         running = self._table(running_classes, running_tokens, np.zeros(len(running_classes), np.bool_))
         table = self._finished + running
-        level_error = LENGTH_VARIATION / float(np.sqrt(PRIOR_ROWS + table.ended.sum()))
+        level_error = self._level_error(float(table.ended.sum()))
         return Survival(self._grid_tokens, table.alive(self._moved_prior(table), MOVED_ROWS), level_error)
+
+    def _level_error(self, num_ended: float) -> float:
+        """Of the mean of the prior, which counts for PRIOR_ROWS, and of the job's own completions."""
+        of_prior = self._classifier.level_error * PRIOR_ROWS
+        of_own_rows = LENGTH_VARIATION * num_ended**0.5
+        return float(np.hypot(of_prior, of_own_rows)) / (PRIOR_ROWS + num_ended)
 
     def _table(self, classes: Int32Array, num_tokens: Int32Array, ended: BoolArray) -> LifeTable:
         return LifeTable.of(self._grid_tokens, self._classifier.prior.num_classes, classes, num_tokens, ended)

@@ -44,6 +44,8 @@ class LengthPrior(v.Section):
 class QuantileClassifier:
     """A `Classifier` for any tokenizer: the class of a prompt is its length's bin."""
 
+    level_error = 0.5  # the curves are of no model in particular, and models differ by factors
+
     def __init__(self, length_prior: LengthPrior) -> None:
         bounds = [prompt_class.max_prompt_tokens for prompt_class in length_prior.classes]
         assert bounds[-1] is None and None not in bounds[:-1], "the last class alone is open"

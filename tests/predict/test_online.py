@@ -19,6 +19,8 @@ NONE = np.zeros(0, np.int32)
 class ShortAndLong:
     """Two classes by the first token; elsewhere they had mean lengths of 50 and 400."""
 
+    level_error = 0.5
+
     def __init__(self) -> None:
         grid = length_grid(10_000)
         alive = np.exp(-grid[None, :] / np.array([[50.0], [400.0]]))
@@ -114,3 +116,15 @@ def test_prompt_length_is_the_class_of_the_classifier_without_training() -> None
     alive = classifier.prior.alive
     assert alive.shape == (8, len(classifier.prior.grid_tokens))
     assert (alive[:, 0] == 1).all() and (alive[:, -1] == 0).all() and (np.diff(alive, axis=1) <= 0).all()
+
+
+def test_the_level_is_the_priors_at_first_and_better_known_with_every_row() -> None:
+    predictor = OnlinePredictor(ShortAndLong(), MAX_TOKENS)
+    draw = np.random.default_rng(0)
+    errors = [predictor.survival(NONE, NONE).level_error]
+    for _ in range(4):
+        predictor.observe(np.zeros(100, np.int32), lengths(draw, 80.0, 100), np.ones(100, np.bool_))
+        errors.append(predictor.survival(NONE, NONE).level_error)
+    assert errors[0] == 0.5
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.04
