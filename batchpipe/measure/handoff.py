@@ -94,6 +94,7 @@ def _echo() -> None:
             for _ in range(_NUM_REPETITIONS):
                 outgoing.send(incoming.receive(num_tokens))
                 incoming.release()
+        incoming.receive(1)  # nothing more comes: stays until the other end, which may still release, has closed
     except Closed:
         return
 
