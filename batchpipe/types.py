@@ -7,7 +7,7 @@ one `Outcome`. What cannot be done on the way becomes a `FailedRow`. Nothing els
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +196,23 @@ class SequenceStart:
 
 
 @dataclass(frozen=True, slots=True)
+class Transfers:
+    """What a step moves between the two tiers of KV, the same on every stage. V streamed blocks, U units.
+
+    Before the step computes, its `loads` are on the device, whole blocks; while it computes, its `streams` pass through
+    the device layer by layer. What it computes goes to the host too, so that leaving the device costs nothing. No block
+    that loads and streams write to is used by the step before it, so they may begin as soon as the step before that
+    one is done on this stage, and run beside the other.
+    """
+
+    host_tables: Int32Array  # [N, B]: as `Step.block_tables`, of host blocks; a step's new tokens are written there too
+    loads: Int32Array  # [L, 2]: host block, device block
+    streams: Int32Array  # [V]: host blocks; block tables name the v-th as `Capacity.num_blocks + v`
+    stream_units: Int32Array  # [U]: device blocks the streams pass through, `Capacity.streams_per_block` of them each
+    host_copies: Int32Array  # [C, 2]: host block to host block, before the step's new tokens are written
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One forward pass of one circulating batch, decided by the planner and obeyed by every stage.
 
@@ -213,21 +230,45 @@ class Step:
     copied_blocks: Int32Array  # [C, 2]: before anything else, the KV of block [c, 0] is copied to block [c, 1]
     started: tuple[SequenceStart, ...] = ()
     released: tuple[int, ...] = ()  # sequences that left since the last step: forget their sampler state
+    transfers: Transfers | None = None  # None: all KV stays on the device
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUse:
+    """What the link between the tiers did for one step on one stage.
+
+    stall_seconds: computing waited for KV. load_seconds, store_seconds: the link was busy in that direction.
+    """
+
+    stall_seconds: float = 0.0
+    loaded_bytes: int = 0
+    stored_bytes: int = 0
+    load_seconds: float = 0.0
+    store_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a step. `token_ids[k]` belongs to the k-th sequence that samples; -1: its logits were not finite."""
+    """What came of a step. `token_ids[k]` belongs to the k-th sequence that samples; -1: its logits were not finite.
+
+    corrupt: by sequence id, what was found wrong with its KV; such a sequence's token is worth nothing.
+    """
 
     step_id: int
     token_ids: Int32Array
     logprobs: Mapping[int, TokenLogprobs]  # by sequence id, only where asked for
-    stage_seconds: tuple[float, ...]
+    stage_seconds: tuple[float, ...]  # stalls included
+    link_uses: tuple[LinkUse, ...] = ()  # by stage; none where there is one tier
+    corrupt: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a pipeline offers the planner: KV blocks, the same ids on every stage, and how many batches circulate."""
+    """What a pipeline offers the planner: KV blocks, the same ids on every stage, and how many batches circulate.
+
+    num_host_blocks: of the second tier; 0: there is none. streams_per_block: how many streamed blocks pass through one
+    device block, two layers of each at a time; 0: a stage has too few layers for that.
+    """
 
     num_blocks: int
     block_tokens: int
@@ -235,3 +276,5 @@ class Capacity:
     max_batches: int
     max_step_tokens: int
     max_batch_sequences: int
+    num_host_blocks: int = 0
+    streams_per_block: int = 0
