@@ -109,7 +109,7 @@ class Replica:
         started = perf_counter()
         self.planner.record(result)
         if self._live_cost is not None:
-            self._live_cost.observe(self._works.popleft(), result.stage_seconds)
+            self._live_cost.observe(self._works.popleft(), result.stage_seconds, result.link_uses)
         self.planner_seconds += perf_counter() - started
         self._meter.add_step(result, self._num_new_prompt_tokens, len(result.token_ids), self._index)
         self._num_new_prompt_tokens = 0

@@ -2,7 +2,8 @@
 
 Its "KV" is one number a token, mixed from the token and its position and kept in the blocks the step names. The next
 token is a function of all the numbers of the context, read back through the block table: a wrong table, an early free
-or two sequences mixed up change the text, as they would with a model.
+or two sequences mixed up change the text, as they would with a model. With two tiers it moves KV as early as a stage
+may: what a step loads comes before the step ahead of it computes, if that is still to be done.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchpipe.types import Capacity, Int32Array, SamplingParams, Step, StepResult
+from batchpipe.types import Capacity, Int32Array, LinkUse, SamplingParams, Step, StepResult, Transfers
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -38,6 +39,7 @@ class FakePipeline:
         self._in_flight: deque[Step] = deque()
         self._sampling: dict[int, SamplingParams] = {}
         self._kv = np.zeros((capacity.num_blocks, capacity.block_tokens), dtype=np.uint64)
+        self._host_kv = np.zeros((capacity.num_host_blocks, capacity.block_tokens), dtype=np.uint64)
 
     def __enter__(self) -> FakePipeline:
         return self
@@ -56,6 +58,7 @@ class FakePipeline:
         self._in_flight.clear()
         self._sampling.clear()
         self._kv[:] = 0
+        self._host_kv[:] = 0
 
     def collect(self) -> StepResult:
         step = self._in_flight.popleft()
@@ -64,22 +67,55 @@ class FakePipeline:
         for start in step.started:
             self._sampling[start.sequence_id] = start.sampling
         assert all(sequence_id in self._sampling for sequence_id in step.sequence_ids), "a step names a stranger"
+        if step.transfers is not None:
+            self._load(step.transfers)
+        if self._in_flight and (following := self._in_flight[0].transfers) is not None:
+            self._load_early(step, following)
         self._write(step)
-        return StepResult(step.step_id, self._next_tokens(step), {}, (0.0,) * self.capacity.num_stages)
+        uses = (LinkUse(),) * self.capacity.num_stages if step.transfers is not None else ()
+        seconds = (0.0,) * self.capacity.num_stages
+        return StepResult(step.step_id, self._next_tokens(step), {}, seconds, link_uses=uses)
+
+    def _load(self, transfers: Transfers) -> None:
+        self._kv[transfers.loads[:, 1]] = self._host_kv[transfers.loads[:, 0]]
+
+    def _load_early(self, step: Step, following: Transfers) -> None:
+        """Of what the following step moves, all but the blocks that this step writes on the host first."""
+        assert step.transfers is not None
+        written = self._new_rows(step, step.transfers.host_tables)[0]
+        early = ~np.isin(following.loads[:, 0], written)
+        self._kv[following.loads[early, 1]] = self._host_kv[following.loads[early, 0]]
+        self._kv[following.stream_units] = _MIX  # layers of something else pass through
 
     def _write(self, step: Step) -> None:
         self._kv[step.copied_blocks[:, 1]] = self._kv[step.copied_blocks[:, 0]]
+        blocks, rows, positions = self._new_rows(step, step.block_tables)
+        values = fake_kv(step.token_ids, positions)
+        resident = blocks < self.capacity.num_blocks
+        self._kv[blocks[resident], rows[resident]] = values[resident]
+        if step.transfers is not None:
+            copies = step.transfers.host_copies
+            self._host_kv[copies[:, 1]] = self._host_kv[copies[:, 0]]
+            host_blocks, rows, _ = self._new_rows(step, step.transfers.host_tables)
+            self._host_kv[host_blocks, rows] = values
+            self._kv[step.transfers.stream_units] = _MIX
+
+    def _new_rows(self, step: Step, tables: Int32Array) -> tuple[Int32Array, Int32Array, NDArray[np.integer[Any]]]:
+        """For each of the step's tokens: its block by these tables, its row in there, its position."""
         block_tokens = self.capacity.block_tokens
-        rows = np.repeat(np.arange(len(step.sequence_ids)), step.query_lengths)
+        sequences = np.repeat(np.arange(len(step.sequence_ids)), step.query_lengths)
         firsts = np.cumsum(step.query_lengths) - step.query_lengths
-        positions = np.arange(len(step.token_ids)) - firsts[rows] + step.context_lengths[rows]
-        blocks = step.block_tables[rows, positions // block_tokens]
-        self._kv[blocks, positions % block_tokens] = fake_kv(step.token_ids, positions)
+        positions = np.arange(len(step.token_ids)) - firsts[sequences] + step.context_lengths[sequences]
+        return tables[sequences, positions // block_tokens], positions % block_tokens, positions
 
     def _next_tokens(self, step: Step) -> Int32Array:
         tables = step.block_tables[step.samples]
         lengths = (step.context_lengths + step.query_lengths)[step.samples]
-        context = self._kv[tables].reshape(len(tables), tables.shape[1] * self.capacity.block_tokens)
+        kv = self._kv
+        if step.transfers is not None:
+            assert len(step.transfers.streams) <= len(step.transfers.stream_units) * self.capacity.streams_per_block
+            kv = np.concatenate([kv, self._host_kv[step.transfers.streams]])
+        context = kv[tables].reshape(len(tables), tables.shape[1] * self.capacity.block_tokens)
         context = np.where(np.arange(context.shape[1]) < lengths[:, None], context, np.uint64(0))
         return self.next_of(context.sum(axis=1, dtype=np.uint64))
 

@@ -1,9 +1,10 @@
 """Which of the ready sequences form the next decode batch, so that circulating batches take equal time.
 
-TD-Pipe (section 3.4) balances the number of sequences; batches of one size but unequal contexts still take unequal
-time, and every stage waits for the slowest. Here the number and the context are balanced: of the ready sequences the
-oldest in line are taken, then single ones are exchanged against those left over until the batch's context is near its
-share. Who was left over goes first in line the next time, so nobody is left twice in a row.
+TD-Pipe's work stealing between batches (arXiv 2506.10470) balances the number of sequences; batches of one size but
+unequal contexts still take unequal time, and every stage waits for the slowest. Here the number and the context are
+balanced: of the ready sequences the oldest in line are taken, then single ones are exchanged against those left over
+until the batch's context is near its share. Who was left over goes first in line the next time, so nobody is left
+twice in a row.
 """
 
 from __future__ import annotations

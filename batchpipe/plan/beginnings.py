@@ -1,4 +1,7 @@
-"""Prompts that begin alike: the KV of the beginning is copied from a sequence that has it, not computed again."""
+"""Prompts that begin alike, beyond the blocks that they share: KV is copied from a sequence that has it.
+
+Most prompts of a chat begin with the same few tokens, fewer than a block holds.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ class Beginnings:
     """Remembers one running sequence, the donor, and how much of its prompt has KV once the steps so far are done."""
 
     def __init__(self) -> None:
-        self.num_copied_tokens = 0
         self._donor: Sequence | None = None
         self._num_known = 0
 
@@ -33,14 +35,16 @@ class Beginnings:
         self._num_known = 0 if self._donor is None else min(self._donor.num_scheduled, len(self._donor.prompt))
 
     def take(self, sequence: Sequence) -> tuple[Sequence, int] | None:
-        """Whom to copy from for a newly admitted sequence, and how many tokens; its last token is always computed."""
+        """Whom to copy from for a newly admitted sequence, and how many tokens the two have in common.
+
+        Its last token is always computed, and what it already has, `num_scheduled` tokens, is not copied.
+        """
         if self._donor is None:
             return None
         known = self._donor.prompt[: self._num_known]
         num_alike = common_length(known, sequence.prompt[: sequence.num_tokens - 1])
-        if num_alike < MIN_COPIED_TOKENS:
+        if num_alike < sequence.num_scheduled + MIN_COPIED_TOKENS:
             return None
-        self.num_copied_tokens += num_alike
         return self._donor, num_alike
 
 

@@ -2,7 +2,8 @@
 
 A sequence that is alive holds its context and a token more each step; it is alive with a probability that its class's
 survival curve gives for a row that came so far. Sums of such are near normal, so a mean and a variance a moment say
-how likely the pool is to be too small. (Greedy prefill of TD-Pipe, section 3.3, with a distribution for a number.)
+how likely the pool is to be too small. (The memory simulation of TD-Pipe's greedy prefill, arXiv 2506.10470, with a
+distribution of each length for a predicted number.)
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class KvForecast:
     def _blocks_and_alive(self, sequences: Collection[Sequence]) -> tuple[FloatArray, FloatArray]:
         """[N, M]: blocks held while alive, and the probability of being alive, at each of the M offsets."""
         count = len(sequences)
-        context = np.fromiter((s.num_tokens for s in sequences), np.float64, count)
+        # What it shares is counted for the sequence that came with it.
+        context = np.fromiter((s.num_tokens - s.num_shared_tokens for s in sequences), np.float64, count)
         generated = np.fromiter((len(s.generated) for s in sequences), np.float64, count)
         limit = np.fromiter((s.max_tokens for s in sequences), np.float64, count)
         classes = np.fromiter((s.length_class for s in sequences), np.int32, count)

@@ -2,24 +2,30 @@
 
 Sequences wait, are admitted with blocks for all their tokens, are prefilled in chunks, then draw one token a step.
 A sequence may have several prefill chunks in flight, since every stage runs its steps in order; it has at most one
-step in flight that draws a token. Where blocks run out the sequence admitted last gives its blocks back and is computed
-again later (preemption by recompute), so the oldest sequence always goes on and nothing waits for ever.
+step in flight that draws a token. With two tiers of KV, blocks are those of the host, and a sequence that the device
+has no room for keeps its KV there (`Pager`). Where blocks run out the sequence admitted last gives its own back and is
+computed again later (preemption by recompute), so the oldest sequence always goes on and nothing waits for ever.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from batchpipe.kv.ledger import BlockLedger
+from batchpipe.plan.arrivals import Arrivals
 from batchpipe.plan.cost import CostModel
+from batchpipe.plan.pager import Pager
 from batchpipe.plan.residents import Residents
 from batchpipe.plan.schedules import SCHEDULES
-from batchpipe.plan.sequence import RequestGroup, Sequence, StopMatcher
+from batchpipe.plan.sequence import Sequence, StopMatcher
 from batchpipe.plan.state import State
-from batchpipe.plan.step_builder import Chunk, build_step
+from batchpipe.plan.step_builder import Chunk
 from batchpipe.types import (
     Capacity,
+    Completion,
     ErrorCode,
     FinishedRequest,
     FinishReason,
@@ -27,7 +33,17 @@ from batchpipe.types import (
     SamplingParams,
     Step,
     StepResult,
+    Transfers,
 )
+
+logger = logging.getLogger(__name__)
+
+
+class InFlight(NamedTuple):
+    """What the planner must know of a step when its result comes."""
+
+    chunks: tuple[Chunk, ...]
+    transfers: Transfers | None
 
 
 class Planner:
@@ -43,20 +59,19 @@ class Planner:
         cost: CostModel | None = None,
     ) -> None:
         self.capacity = capacity
-        self.ledger = BlockLedger(capacity.num_blocks, capacity.block_tokens)
+        self.ledger = BlockLedger(capacity.num_host_blocks or capacity.num_blocks, capacity.block_tokens)
         self.state = State(capacity, self.ledger, cost=cost)
+        self.pager = Pager(self.state) if capacity.num_host_blocks else None
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
+        self.num_corrupt = 0  # times that a sequence's KV came back from the host with another content
         self.num_phase_switches = 0  # from steps that prefill to steps that only decode, and back
-        self._residents = Residents(self.state)
+        self._arrivals = Arrivals(eos_token_ids, stream_of, matcher_of)
+        self._residents = Residents(self.state, self.pager)
         self._policy = SCHEDULES[schedule]()
-        self._eos_token_ids = eos_token_ids
-        self._stream_of = stream_of
-        self._matcher_of = matcher_of
-        self._in_flight: dict[int, tuple[Chunk, ...]] = {}
+        self._in_flight: dict[int, InFlight] = {}
         self._finished: list[FinishedRequest] = []
         self._prefilled_last = False
-        self._next_sequence_id = 0
         self._next_step_id = 0
 
     # -- what the run asks ---------------------------------------------------------------------------------------
@@ -79,9 +94,17 @@ class Planner:
         return len(self._in_flight)
 
     @property
-    def num_copied_tokens(self) -> int:
-        """Prompt tokens whose KV was copied from another sequence that begins alike."""
-        return self._residents.beginnings.num_copied_tokens
+    def num_reused_tokens(self) -> int:
+        """Prompt tokens that were not computed, as another sequence that begins alike had their KV."""
+        return self._residents.num_reused_tokens
+
+    @property
+    def peak_device_blocks(self) -> int:
+        return (self.pager.residency if self.pager else self.ledger).peak_used_blocks
+
+    @property
+    def peak_host_blocks(self) -> int:
+        return self.ledger.peak_used_blocks if self.pager else 0
 
     @property
     def idle(self) -> bool:
@@ -90,10 +113,8 @@ class Planner:
 
     def add(self, requests: Iterable[Request]) -> None:
         for request in requests:
-            num_samples = request.sampling.n
-            group = RequestGroup(request, [None] * num_samples, num_samples)
-            for sample_index in range(num_samples):
-                self.state.waiting.append(self._new_sequence(group, sample_index))
+            for sequence in self._arrivals.sequences_of(request):
+                self.state.waiting.append(sequence)
 
     def take_finished(self) -> list[FinishedRequest]:
         finished, self._finished = self._finished, []
@@ -101,46 +122,44 @@ class Planner:
 
     def next_step(self) -> Step | None:
         """The next step to submit, or None where a result, or more requests, must come first."""
+        if self.pager is not None:
+            self.pager.begin_step(self._next_step_id, idle=not self._in_flight)
         shape = self._policy.choose(self.state)
-        decodes = self._take_decodes(shape.num_decodes)
+        decodes = self._take_decodes(shape.num_decodes, shape.num_prefill_tokens)
         prefills = self._take_prefills(shape.num_prefill_tokens, len(decodes))
         if not decodes and not prefills and not self._in_flight:
             self._fail_what_cannot_fit()
-            decodes = self._take_decodes(self.capacity.max_batch_sequences)
+            decodes = self._take_decodes(self.capacity.max_batch_sequences, 0) or self._take_oldest()
             prefills = [] if decodes else self._take_prefills(self.capacity.max_step_tokens, 0)
         chunks = decodes + prefills
         if not chunks:
             return None
         self.num_phase_switches += bool(prefills) != self._prefilled_last
         self._prefilled_last = bool(prefills)
-        started, released, copied_blocks = self._residents.take_news()
-        step = build_step(
-            self._next_step_id,
-            chunks,
-            self._residents.tables,
-            started,
-            released,
-            copied_blocks,
-            self.capacity.block_tokens,
-        )
+        step = self._residents.build_step(self._next_step_id, chunks)
         self._next_step_id += 1
         if whole := [chunk.sequence for chunk in prefills if chunk.samples]:
             self._residents.beginnings.learn(whole[-1])
-        self._in_flight[step.step_id] = tuple(chunks)
+        self._in_flight[step.step_id] = InFlight(tuple(chunks), step.transfers)
         return step
 
     def record(self, result: StepResult) -> None:
         """Takes a step's tokens in; whatever ends with them leaves by `take_finished`."""
-        chunks = self._in_flight.pop(result.step_id)
+        chunks, transfers = self._in_flight.pop(result.step_id)
+        if self.pager is not None and transfers is not None:
+            self.pager.observe(transfers, result)
         token_ids: list[int] = result.token_ids.tolist()
         position = 0
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_in_flight -= 1
-            if not chunk.samples:
+            token_id = token_ids[position] if chunk.samples else None
+            position += chunk.samples
+            if sequence.distrusted or sequence.sequence_id in result.corrupt:
+                self._distrust(sequence, result)
                 continue
-            token_id = token_ids[position]
-            position += 1
+            if token_id is None:
+                continue
             if result.logprobs and (logprobs := result.logprobs.get(sequence.sequence_id)) is not None:
                 sequence.logprobs.append(logprobs)
             self._take_token(sequence, token_id)
@@ -154,65 +173,92 @@ class Planner:
         self._in_flight.clear()
         for sequence in reversed(list(self.state.running.values())):
             sequence.num_in_flight = 0
+            sequence.distrusted = False
             self._preempt(sequence)
-        self._residents.take_news()
+        self.ledger.forget_prefixes()
+        self._residents.forget_news()
 
     def check_integrity(self) -> None:
         state = self.state
         self.ledger.check_integrity()
-        assert self.ledger.num_used == sum(self.ledger.num_owned(i) for i in state.running)
+        assert self.ledger.num_used == len({block for i in state.running for block in self.ledger.owned(i)})
         for i, sequence in state.running.items():
             assert sequence.room_tokens == self.ledger.num_owned(i) * self.ledger.block_tokens
         assert state.context_tokens == sum(sequence.num_tokens for sequence in state.running.values())
         parked = len(state.ready) + len(state.prefilling)
         assert parked + sum(s.num_in_flight > 0 for s in state.running.values()) >= len(state.running)
+        if self.pager is not None:
+            self.pager.check_integrity()
 
     # -- what a step is made of ----------------------------------------------------------------------------------
 
-    def _take_decodes(self, num_decodes: int) -> list[Chunk]:
+    def _take_decodes(self, num_decodes: int, num_prompt_tokens: int) -> list[Chunk]:
         """A block for one sequence may cost another its place, even one that was drawn with it."""
         if num_decodes <= 0 or not self.state.ready:
             return []
+        if self.pager is None:
+            drawn = self._policy.draw(self.state, num_decodes)
+        else:
+            drawn = self.pager.draw(self._policy, num_decodes, num_prompt_tokens)
         chunks: list[Chunk] = []
-        for sequence in self._policy.draw(self.state, num_decodes):
+        for sequence in drawn:
             if sequence.sequence_id in self.state.running and self._hold(sequence):
                 chunks.append(self._schedule_chunk(sequence, 1))
         self.state.ready = deque(sequence for sequence in self.state.ready if sequence.num_in_flight == 0)
         return chunks
+
+    def _take_oldest(self) -> list[Chunk]:
+        """With nothing in flight the device is there for one sequence alone: it runs, or it never can."""
+        while self.pager is not None and self.state.ready:
+            sequence = self.state.ready[0]
+            if self.pager.bring_alone(sequence) and self._hold(sequence):
+                self.state.ready.popleft()
+                return [self._schedule_chunk(sequence, 1)]
+            if sequence.sequence_id in self.state.running:
+                self._fail(sequence, self._capacity_message(sequence))
+        return []
 
     def _take_prefills(self, num_tokens: int, num_sequences: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         state = self.state
         max_sequences = self.capacity.max_batch_sequences - num_sequences
         while num_tokens > 0 and len(chunks) < max_sequences:
-            if not state.prefilling:
-                if not state.waiting or not self._admits(state.waiting[0]):
-                    break
-                self._residents.admit()
+            if not state.prefilling and not self._admit_next():
+                break
             sequence = state.prefilling[0]
             num_chunk = min(num_tokens, sequence.num_tokens - sequence.num_scheduled)
             chunks.append(self._schedule_chunk(sequence, num_chunk))
+            self.ledger.learn(sequence.sequence_id, sequence.prompt, sequence.num_scheduled)
             num_tokens -= num_chunk
             if sequence.num_scheduled == sequence.num_tokens:
                 state.prefilling.popleft()
         return chunks
 
-    def _admits(self, sequence: Sequence) -> bool:
+    def _admit_next(self) -> bool:
         """With nothing running whatever fits is admitted, so that no policy can wait for ever."""
-        if not self.state.running:
-            return self.state.has_blocks(sequence)
-        return self._policy.admits(self.state, sequence)
+        state = self.state
+        if not state.waiting:
+            return False
+        sequence = state.waiting.first
+        admits = self._policy.admits(state, sequence) if state.running else state.has_blocks(sequence)
+        return admits and self._residents.admit()
 
     def _schedule_chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         context = sequence.num_scheduled
         sequence.num_scheduled += num_tokens
         sequence.num_in_flight += 1
+        sequence.last_step = self._next_step_id
+        if self.pager is not None:
+            self.pager.keep(sequence)
         return Chunk(sequence, context, num_tokens, sequence.num_scheduled == sequence.num_tokens)
 
     # -- where blocks run out ------------------------------------------------------------------------------------
 
     def _hold(self, sequence: Sequence) -> bool:
         """Makes sure of a block for the sequence's next token, at the cost of later sequences if need be."""
+        num_missing = self.ledger.missing(sequence.sequence_id, sequence.num_tokens) if self.pager is not None else 0
+        if self.pager is not None and num_missing and not self.pager.has_room(sequence, num_missing):
+            return False
         while not self._residents.grow(sequence):
             if len(self.state.running) == 1:
                 self._fail(sequence, self._capacity_message(sequence))
@@ -228,7 +274,18 @@ class Planner:
         self.num_recomputed_tokens += sequence.num_scheduled
         self._residents.leave(sequence)
         sequence.num_scheduled = 0
-        self.state.waiting.appendleft(sequence)
+        self.state.waiting.put_back(sequence)
+
+    def _distrust(self, sequence: Sequence, result: StepResult) -> None:
+        """Its KV is not what was written: nobody shares it any more, and it is computed anew once no step has it."""
+        if not sequence.distrusted:
+            self.num_corrupt += 1
+            found = result.corrupt[sequence.sequence_id]
+            logger.warning("%s; row %s is computed again", found, sequence.group.request.key.row_id)
+        sequence.distrusted = sequence.num_in_flight > 0
+        self.ledger.distrust(sequence.sequence_id)
+        if sequence.num_in_flight == 0:
+            self._preempt(sequence)
 
     # -- how a sequence ends -------------------------------------------------------------------------------------
 
@@ -252,52 +309,30 @@ class Planner:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text_length: int | None = None) -> None:
         self._residents.leave(sequence)
-        group = sequence.group
-        group.completions[sequence.sample_index] = sequence.completion(reason, text_length)
-        self._close(group)
+        self._close(sequence, sequence.completion(reason, text_length))
 
     def _fail(self, sequence: Sequence, message: str, code: ErrorCode = ErrorCode.KV_CAPACITY) -> None:
         if sequence.sequence_id in self.state.running:
             self._residents.leave(sequence)
-        group = sequence.group
-        group.completions[sequence.sample_index] = sequence.completion(None, error=(code, message))
-        self._close(group)
+        self._close(sequence, sequence.completion(None, error=(code, message)))
 
-    def _close(self, group: RequestGroup) -> None:
-        group.num_open -= 1
-        if group.num_open == 0:
-            completions = tuple(c for c in group.completions if c is not None)
-            assert len(completions) == len(group.completions)
-            self._finished.append(FinishedRequest(group.request, completions))
+    def _close(self, sequence: Sequence, completion: Completion) -> None:
+        if (finished := sequence.group.end(sequence.sample_index, completion)) is not None:
+            self._finished.append(finished)
 
     def _fail_what_cannot_fit(self) -> None:
         """With nothing in flight and nothing running, whoever still waits at the head can never run."""
         state = self.state
-        while state.waiting and not state.running and not state.has_blocks(state.waiting[0]):
-            sequence = state.waiting.popleft()
+        num_blocks = min(self.ledger.num_blocks, self.capacity.num_blocks)
+        while (
+            state.waiting and not state.running and self.ledger.blocks_for(state.waiting.first.num_tokens) > num_blocks
+        ):
+            sequence = state.waiting.pop()
             self._fail(sequence, self._capacity_message(sequence))
 
     def _capacity_message(self, sequence: Sequence) -> str:
-        num_kv_tokens = self.capacity.num_blocks * self.capacity.block_tokens
+        num_kv_tokens = min(self.ledger.num_blocks, self.capacity.num_blocks) * self.capacity.block_tokens
         return (
             f"the row needs KV for {sequence.num_tokens} tokens at once and there is room for {num_kv_tokens}; "
             "raise engine.kv_device_memory or lower sampling.max_tokens"
         )
-
-    def _new_sequence(self, group: RequestGroup, sample_index: int) -> Sequence:
-        request = group.request
-        eos_token_ids = frozenset[int]() if request.sampling.ignore_eos else self._eos_token_ids
-        sequence = Sequence(
-            sequence_id=self._next_sequence_id,
-            group=group,
-            sample_index=sample_index,
-            stream=self._stream_of(request.sampling.seed, request.key.row_id, sample_index),
-            matcher=self._matcher_of(request.sampling),
-            prompt=request.prompt_token_ids,
-            num_tokens=len(request.prompt_token_ids),
-            max_tokens=request.sampling.max_tokens,
-            end_token_ids=eos_token_ids.union(request.sampling.stop_token_ids),
-            length_class=request.length_class,
-        )
-        self._next_sequence_id += 1
-        return sequence

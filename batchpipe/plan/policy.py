@@ -39,11 +39,11 @@ class Reactive:
     """Admits whatever fits now with a small reserve, draws in order of return: what needs no forecast."""
 
     def admits(self, state: State, sequence: Sequence) -> bool:
-        reserve = min(int(state.ledger.num_blocks * ADMISSION_RESERVE), len(state.running))
+        reserve = min(int(state.limit_blocks * ADMISSION_RESERVE), len(state.running))
         return state.has_blocks(sequence, reserve)
 
     def draw(self, state: State, num_decodes: int) -> list[Sequence]:
         return list(islice(state.ready, num_decodes))
 
     def prefill_possible(self, state: State) -> bool:
-        return bool(state.prefilling) or (bool(state.waiting) and self.admits(state, state.waiting[0]))
+        return bool(state.prefilling) or (bool(state.waiting) and self.admits(state, state.waiting.first))

@@ -1,4 +1,5 @@
-"""TD-Pipe's schedule as its published code has it (arXiv 2506.10470, sections 3.3 to 3.5), to be measured against.
+"""TD-Pipe's schedule as its published code has it (arXiv 2506.10470), to be measured against: greedy prefill until a
+forecast of memory is full, work stealing between batches, a switch back by comparing intensities.
 
 Its ways are kept even where they are weak: usage is looked at where lengths are powers of two, a row past its
 prediction counts for nothing, and the switch back compares a whole model's decode time with a stage's prefill time.
@@ -6,6 +7,7 @@ prediction counts for nothing, and the switch back compares a whole model's deco
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import islice
 
 import numpy as np
@@ -14,6 +16,7 @@ from batchpipe.plan.cost import CostModel, StepWork
 from batchpipe.plan.policy import StepShape
 from batchpipe.plan.sequence import Sequence
 from batchpipe.plan.state import State
+from batchpipe.predict.base import FloatArray
 
 MIDPOINTS_TOKENS = np.array([5, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096])
 PREFILL_UNTIL = 0.9  # of the blocks, forecast
@@ -33,7 +36,7 @@ class PublishedTemporal:
         if not self._prefilling and self._num_decode_steps % num_batches == 0 and state.waiting:
             self._prefilling = self._prefill_pays(state)
             if self._prefilling:
-                self._usage = self._live_usage(state)
+                self._usage = _usages(state.running.values(), state).sum(axis=0)
         if self._prefilling:
             tokens = self._next_prompts(state)
             if tokens:
@@ -65,21 +68,15 @@ class PublishedTemporal:
             too_many = len(state.running) + count > state.max_running
             if too_many or num_blocks + int(WATERMARK * state.ledger.num_blocks) > state.ledger.num_free:
                 break
-            self._usage += _usage_of(sequence, state)
+            self._usage = self._usage + _usages([sequence], state)[0]
             tokens += sequence.num_tokens
             longest = max(longest, sequence.num_tokens)
             if count * longest >= PEAK_BATCH_TOKENS:
                 break
         return tokens
 
-    def _live_usage(self, state: State) -> np.ndarray:
-        usage = np.zeros(len(MIDPOINTS_TOKENS))
-        for sequence in state.running.values():
-            usage += _usage_of(sequence, state)
-        return usage
-
     def _prefill_pays(self, state: State) -> bool:
-        """Spatial intensity below temporal intensity, section 3.5."""
+        """Spatial intensity below temporal intensity: the paper's switch from decoding to prefilling."""
         num_batches = state.capacity.max_batches
         batch = len(state.running) // num_batches
         if batch > PEAK_BATCH_TOKENS:
@@ -88,32 +85,30 @@ class PublishedTemporal:
             return True
         whole_batch = _whole_model_seconds(state.cost, batch)
         spatial = batch / whole_batch / (_REFERENCE_BATCH / _whole_model_seconds(state.cost, _REFERENCE_BATCH))
-        usage = self._live_usage(state)
-        total = longest = 0.0
-        num_running = len(state.running)
-        for sequence in islice(state.waiting, state.max_running):
-            if usage.max() >= state.ledger.num_blocks:
-                break
-            usage += _usage_of(sequence, state)
-            seconds = _whole_model_seconds(state.cost, sequence.num_tokens)
-            total += seconds / num_batches
-            longest = max(longest, seconds)
-            num_running += 1
-        if total == 0.0:
+        nexts = list(islice(state.waiting, state.max_running))
+        usages = _usages(nexts, state)
+        before = _usages(state.running.values(), state).sum(axis=0) + np.cumsum(usages, axis=0) - usages
+        fits = before.max(axis=1) < state.ledger.num_blocks
+        taken = nexts if fits.all() else nexts[: int(fits.argmin())]
+        if not taken:
             return False
-        prefill_seconds = total + longest / num_batches * (num_batches - 1)
-        decode_seconds = _whole_model_seconds(state.cost, num_running // num_batches)
+        seconds = [_whole_model_seconds(state.cost, sequence.num_tokens) for sequence in taken]
+        longest = max(seconds)
+        prefill_seconds = sum(seconds) / num_batches + longest / num_batches * (num_batches - 1)
+        decode_seconds = _whole_model_seconds(state.cost, (len(state.running) + len(taken)) // num_batches)
         bubble_seconds = (longest / num_batches - decode_seconds) * (num_batches - 1)
         return spatial < (prefill_seconds - bubble_seconds) / prefill_seconds
 
 
-def _usage_of(sequence: Sequence, state: State) -> np.ndarray:
-    """Blocks of one row at every midpoint that its predicted rest reaches."""
-    request = sequence.group.request
-    predicted = request.predicted_tokens or request.sampling.max_tokens
-    rest = max(predicted - len(sequence.generated), 0)
-    blocks = np.ceil((sequence.num_tokens + MIDPOINTS_TOKENS) / state.capacity.block_tokens)
-    return np.where(rest >= MIDPOINTS_TOKENS, blocks, 0.0)
+def _usages(sequences: Collection[Sequence], state: State) -> FloatArray:
+    """[N, M]: blocks of each row at every midpoint that its predicted rest reaches."""
+    requests = (sequence.group.request for sequence in sequences)
+    predicted = (request.predicted_tokens or request.sampling.max_tokens for request in requests)
+    generated = np.fromiter((len(sequence.generated) for sequence in sequences), np.int64, len(sequences))
+    rest = np.fromiter(predicted, np.int64, len(sequences)) - generated
+    tokens = np.fromiter((sequence.num_tokens for sequence in sequences), np.int64, len(sequences))
+    blocks = np.ceil((tokens[:, None] + MIDPOINTS_TOKENS) / state.capacity.block_tokens)
+    return np.where(rest[:, None] >= MIDPOINTS_TOKENS, blocks, 0.0)
 
 
 def _whole_model_seconds(cost: CostModel, num_tokens: int) -> float:

@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 from batchpipe.plan.beginnings import Beginnings
+from batchpipe.plan.pager import Pager
 from batchpipe.plan.sequence import Sequence
 from batchpipe.plan.state import State
-from batchpipe.plan.step_builder import BlockTables
+from batchpipe.plan.step_builder import BlockTables, Chunk, build_step
+from batchpipe.types import Step
 
 
 class Residents:
-    """Keeps `State.running`, the ledger and the block tables in step, and what the next Step must say of them."""
+    """Keeps `State.running`, the ledger and the block tables in step, and what the next Step must say of them.
 
-    def __init__(self, state: State) -> None:
+    pager: where there are two tiers. The ledger and `tables` are then those of the host.
+    """
+
+    def __init__(self, state: State, pager: Pager | None) -> None:
         self.state = state
         self.tables = BlockTables(state.max_running)
         self.beginnings = Beginnings()
         self.started: list[Sequence] = []
         self.released: list[int] = []
         self.copied_blocks: list[tuple[int, int]] = []
+        self.num_reused_tokens = 0
+        self._pager = pager
         self._next_admission = 0
 
-    def admit(self) -> None:
-        """Moves the first waiting sequence to prefilling; there is room for all its tokens."""
-        state = self.state
-        sequence = state.waiting.popleft()
-        blocks = state.ledger.grow(sequence.sequence_id, sequence.num_tokens)
-        assert blocks is not None, "admitted without room"
-        sequence.room_tokens = len(blocks) * state.ledger.block_tokens
+    def admit(self) -> bool:
+        """Moves the first waiting sequence to prefilling, with blocks for all its tokens, of which there is room.
+
+        False, with nothing changed, where the device cannot make room for it now.
+        """
+        state, ledger = self.state, self.state.ledger
+        sequence = state.waiting.first
+        shared = ledger.share(sequence.sequence_id, sequence.prompt, sequence.num_tokens)
+        fresh = ledger.grow(sequence.sequence_id, sequence.num_tokens)
+        assert fresh is not None, "admitted without room"
+        blocks = [*shared, *fresh]
+        if self._pager is not None and not self._pager.admit(sequence, shared, fresh):
+            ledger.release(sequence.sequence_id)
+            return False
+        state.waiting.pop()
+        sequence.room_tokens = len(blocks) * ledger.block_tokens
+        sequence.num_shared_tokens = sequence.num_scheduled = len(shared) * ledger.block_tokens
         sequence.slot = self.tables.take_slot()
         self.tables.append(sequence.slot, 0, blocks)
         sequence.admission = self._next_admission
@@ -36,6 +53,8 @@ class Residents:
         self.started.append(sequence)
         state.prefilling.append(sequence)
         self._copy_beginning(sequence, blocks)
+        self.num_reused_tokens += sequence.num_scheduled
+        return True
 
     def grow(self, sequence: Sequence) -> bool:
         """Makes sure of a block for the sequence's next token; False, with nothing changed, where none is free."""
@@ -46,6 +65,8 @@ class Residents:
         blocks = ledger.grow(sequence.sequence_id, sequence.num_tokens)
         if blocks is None:
             return False
+        if self._pager is not None:
+            self._pager.extend(sequence, blocks)
         self.tables.append(sequence.slot, num_owned, blocks)
         sequence.room_tokens += len(blocks) * ledger.block_tokens
         return True
@@ -56,6 +77,8 @@ class Residents:
         state = self.state
         del state.running[sequence.sequence_id]
         state.context_tokens -= sequence.num_tokens
+        if self._pager is not None:
+            self._pager.residency.leave(sequence.sequence_id)
         state.ledger.release(sequence.sequence_id)
         self.tables.release_slot(sequence.slot)
         self.beginnings.forget(sequence, state.running.values())
@@ -67,16 +90,33 @@ class Residents:
         else:
             self.released.append(sequence.sequence_id)
 
-    def take_news(self) -> tuple[list[Sequence], list[int], list[tuple[int, int]]]:
-        """Sequences started and released and blocks to copy since the last step."""
-        news = self.started, self.released, self.copied_blocks
+    def forget_news(self) -> None:
+        """The stages know nothing any more."""
         self.started, self.released, self.copied_blocks = [], [], []
-        return news
+
+    def build_step(self, step_id: int, chunks: list[Chunk]) -> Step:
+        """The step of these chunks, with all that has to be said since the last one."""
+        block_tokens = self.state.ledger.block_tokens
+        num_blocks = max(-(-(chunk.num_context + chunk.num_tokens) // block_tokens) for chunk in chunks)
+        tables = self.tables.gather([chunk.sequence.slot for chunk in chunks], num_blocks)
+        copied_blocks, transfers = self.copied_blocks, None
+        if self._pager is not None:
+            tables, transfers = self._pager.take_transfers(chunks, tables, copied_blocks)
+            copied_blocks = [self._pager.places_of(pair) for pair in copied_blocks]
+        step = build_step(step_id, chunks, tables, transfers, self.started, self.released, copied_blocks)
+        self.forget_news()
+        return step
 
     def _copy_beginning(self, sequence: Sequence, blocks: list[int]) -> None:
+        """What it has in common with another beyond whole blocks is copied, not computed."""
         found = self.beginnings.take(sequence)
-        if found is not None:
-            donor, sequence.num_scheduled = found
-            ledger = self.state.ledger
-            sources = ledger.owned(donor.sequence_id)[: ledger.blocks_for(sequence.num_scheduled)]
-            self.copied_blocks += zip(sources, blocks, strict=False)
+        if found is None:
+            return
+        donor, num_alike = found
+        if self._pager is not None and not self._pager.lends(donor):
+            return
+        first = sequence.num_scheduled // self.state.ledger.block_tokens
+        last = self.state.ledger.blocks_for(num_alike)
+        sources = self.state.ledger.owned(donor.sequence_id)[first:last]
+        self.copied_blocks += zip(sources, blocks[first:last], strict=True)
+        sequence.num_scheduled = num_alike

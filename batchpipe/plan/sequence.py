@@ -7,7 +7,15 @@ from typing import Protocol
 
 import numpy as np
 
-from batchpipe.types import Completion, ErrorCode, FinishReason, Int32Array, Request, TokenLogprobs
+from batchpipe.types import (
+    Completion,
+    ErrorCode,
+    FinishedRequest,
+    FinishReason,
+    Int32Array,
+    Request,
+    TokenLogprobs,
+)
 
 
 class StopMatcher(Protocol):
@@ -24,6 +32,16 @@ class RequestGroup:
     request: Request
     completions: list[Completion | None]
     num_open: int
+
+    def end(self, sample_index: int, completion: Completion) -> FinishedRequest | None:
+        """One sample has ended; the whole request, if it was the last one."""
+        self.completions[sample_index] = completion
+        self.num_open -= 1
+        if self.num_open > 0:
+            return None
+        completions = tuple(c for c in self.completions if c is not None)
+        assert len(completions) == len(self.completions)
+        return FinishedRequest(self.request, completions)
 
 
 @dataclass(slots=True, eq=False)
@@ -43,8 +61,11 @@ class Sequence:
     slot: int = -1
     admission: int = -1
     room_tokens: int = 0  # what its blocks hold
+    num_shared_tokens: int = 0  # whose blocks it shares with others
     num_scheduled: int = 0
+    last_step: int = -1  # the last one that it is part of
     num_in_flight: int = 0
+    distrusted: bool = False  # its KV is wrong, and steps in flight still read it
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from batchpipe.kv.ledger import BlockLedger
 from batchpipe.plan.cost import CostModel
 from batchpipe.plan.sequence import Sequence
+from batchpipe.plan.waiting import WaitingLine
 from batchpipe.predict.base import Survival
 from batchpipe.types import Capacity
 
@@ -20,11 +21,15 @@ class State:
     ledger: BlockLedger
     survival: Survival | None = None  # None: nothing is predicted
     cost: CostModel | None = None  # None: time is taken to be proportional to tokens
-    waiting: deque[Sequence] = field(default_factory=deque)
+    waiting: WaitingLine = field(default_factory=WaitingLine)
     prefilling: deque[Sequence] = field(default_factory=deque)
     ready: deque[Sequence] = field(default_factory=deque)
     running: dict[int, Sequence] = field(default_factory=dict)  # in order of admission
     context_tokens: int = 0  # of all that run, together
+    limit_blocks: int = field(init=False)  # KV that can be kept in motion: what may run is no more than this
+
+    def __post_init__(self) -> None:
+        self.limit_blocks = self.ledger.num_blocks
 
     @property
     def max_running(self) -> int:
@@ -40,4 +45,7 @@ class State:
         """All of the sequence's tokens so far find room, and so many blocks stay free."""
         if len(self.running) >= self.max_running:
             return False
-        return self.ledger.blocks_for(sequence.num_tokens) + num_reserved <= self.ledger.num_free
+        num_spare = min(self.ledger.num_free, self.limit_blocks - self.ledger.num_used)
+        if num_spare <= num_reserved:
+            return False
+        return self.ledger.new_blocks_for(sequence.prompt, sequence.num_tokens) + num_reserved <= num_spare

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from batchpipe.plan.sequence import Sequence
-from batchpipe.types import Int32Array, SequenceStart, Step
+from batchpipe.types import Int32Array, SequenceStart, Step, Transfers
 
 
 class Chunk(NamedTuple):
@@ -49,11 +49,11 @@ class BlockTables:
 def build_step(
     step_id: int,
     chunks: List[Chunk],
-    tables: BlockTables,
+    block_tables: Int32Array,
+    transfers: Transfers | None,
     started: List[Sequence],
     released: List[int],
     copied_blocks: List[tuple[int, int]],
-    block_tokens: int,
 ) -> Step:
     query_lengths = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int32)
     context_lengths = np.array([chunk.num_context for chunk in chunks], dtype=np.int32)
@@ -64,18 +64,18 @@ def build_step(
             pieces.append(sequence.generated[-1:])
         else:
             pieces.append(sequence.token_slice(chunk.num_context, chunk.num_context + chunk.num_tokens))
-    num_blocks = int(-(-(query_lengths + context_lengths).max() // block_tokens))
     return Step(
         step_id=step_id,
         sequence_ids=tuple(chunk.sequence.sequence_id for chunk in chunks),
         query_lengths=query_lengths,
         context_lengths=context_lengths,
         token_ids=np.concatenate(pieces).astype(np.int32, copy=False),
-        block_tables=tables.gather([chunk.sequence.slot for chunk in chunks], num_blocks),
+        block_tables=block_tables,
         samples=np.array([chunk.samples for chunk in chunks], dtype=np.bool_),
         copied_blocks=np.array(copied_blocks, dtype=np.int32).reshape(-1, 2),
         started=tuple(start_of(sequence) for sequence in started),
         released=tuple(released),
+        transfers=transfers,
     )
 
 

@@ -1,6 +1,6 @@
 """The temporal schedule: greedy prefill up to forecast memory, then decoding in batches of equal time.
 
-TD-Pipe (section 3) parts the phases in time, since prefills between decodes leave stages waiting. What is ours:
+TD-Pipe (arXiv 2506.10470) parts the phases in time, since prefills between decodes leave stages waiting. What is ours:
 
 - admission asks a distribution of lengths for the risk of running out of blocks, not a point estimate for a peak;
 - a decode batch stops at the edge of a tile where one more sequence would cost more than it brings;
@@ -52,7 +52,7 @@ class Temporal:
 
     def choose(self, state: State) -> StepShape:
         self._age_steps += 1
-        possible = bool(state.prefilling) or (bool(state.waiting) and self.admits(state, state.waiting[0]))
+        possible = bool(state.prefilling) or (bool(state.waiting) and self.admits(state, state.waiting.first))
         if state.capacity.max_batches == 1:
             num_decodes = state.decode_share
             return StepShape(num_decodes, state.capacity.max_step_tokens - num_decodes if possible else 0)
@@ -68,7 +68,7 @@ class Temporal:
         forecast = self._current_forecast(state)
         if self._refused == (sequence.sequence_id, forecast):
             return False
-        fits = forecast.peak_blocks_with(sequence) <= state.ledger.num_blocks
+        fits = forecast.peak_blocks_with(sequence) <= state.limit_blocks
         if not fits:
             self._refused = (sequence.sequence_id, forecast)
         return fits
@@ -94,7 +94,7 @@ class Temporal:
         return self._forecast
 
     def _much_is_free(self, state: State) -> bool:
-        return self._current_forecast(state).peak_blocks() < REFILL_BELOW * state.ledger.num_blocks
+        return self._current_forecast(state).peak_blocks() < REFILL_BELOW * state.limit_blocks
 
     def _num_decodes(self, state: State) -> int:
         """A batch's share of what runs, less the reserve, or fewer where a tile's edge makes them cheaper each."""
