@@ -136,8 +136,15 @@ def predictor() -> None:
 def _past_outputs(command: Any) -> Any:
     for option in (
         click.option("--length-column", help="Column of completion tokens, where SOURCE is no output of batchpipe."),
-        click.option("--prompt-column", default="prompt", show_default=True, help="Column of the prompt."),
-        click.option("--model", required=True, help="Model whose tokenizer is used, as model.name of a job."),
+        click.option("--prompt-column", help="Column of the prompt, by default that of a job."),
+        click.option("--model", help="Model that the prompts are for, as model.name of a job."),
+        click.option(
+            "--job",
+            "job_path",
+            metavar="JOB",
+            type=click.Path(path_type=Path),
+            help="Job whose model and input section (template, messages, system, ...) say how prompts are made.",
+        ),
         click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path)),
     ):
         command = option(command)
@@ -147,11 +154,21 @@ def _past_outputs(command: Any) -> Any:
 @predictor.command()
 @_past_outputs
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The predictor's file.")
-def train(sources: tuple[Path, ...], model: str, prompt_column: str, length_column: str | None, output: Path) -> None:
+def train(
+    sources: tuple[Path, ...],
+    job_path: Path | None,
+    model: str | None,
+    prompt_column: str | None,
+    length_column: str | None,
+    output: Path,
+) -> None:
     """Train on past outputs: output folders of batchpipe, Parquet or JSONL."""
     from batchpipe.predict_command import train_command
 
-    click.echo(_json(train_command(sources, model, output, prompt_column=prompt_column, length_column=length_column)))
+    found = train_command(
+        sources, model, output, prompt_column=prompt_column, length_column=length_column, job_path=job_path
+    )
+    click.echo(_json(found))
 
 
 @predictor.command()
@@ -163,8 +180,9 @@ def train(sources: tuple[Path, ...], model: str, prompt_column: str, length_colu
 def evaluate(
     file: Path,
     sources: tuple[Path, ...],
-    model: str,
-    prompt_column: str,
+    job_path: Path | None,
+    model: str | None,
+    prompt_column: str | None,
     length_column: str | None,
     max_tokens: int | None,
 ) -> None:
@@ -172,7 +190,13 @@ def evaluate(
     from batchpipe.predict_command import evaluate_command
 
     found = evaluate_command(
-        file, sources, model, prompt_column=prompt_column, length_column=length_column, max_tokens=max_tokens
+        file,
+        sources,
+        model,
+        prompt_column=prompt_column,
+        length_column=length_column,
+        max_tokens=max_tokens,
+        job_path=job_path,
     )
     click.echo(_json(found))
 

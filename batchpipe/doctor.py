@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import resource
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe import __version__
+from batchpipe.execute.memory import container_free_bytes
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic", "gguf", "datasets")
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm")
-_SMALL_SHARED_MEMORY_BYTES = 256 << 20  # containers often give 64 MiB, less than the activations of a pipeline
+# Containers often give 64 MiB. Only NCCL's buffers between GPUs stand in /dev/shm; what we share has no name there.
+_SMALL_SHARED_MEMORY_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def examine() -> list[Finding]:
         _memory,
         _devices,
         _shared_memory,
-        _locked_memory,
+        _pinned_memory,
         _compiler,
         _cache_folder,
     )
@@ -86,11 +87,14 @@ def _cpu() -> Finding:
 
 
 def _memory() -> Finding:
+    """What weights, and KV on the CPU or in host memory, can take."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    data = {"total_bytes": memory.total, "available_bytes": memory.available}
-    return Finding("memory", data, f"{_shown_bytes(memory.available)} available of {_shown_bytes(memory.total)}")
+    memory, container_bytes = psutil.virtual_memory(), container_free_bytes()
+    data = {"total_bytes": memory.total, "available_bytes": memory.available, "container_free_bytes": container_bytes}
+    text = f"{_shown_bytes(memory.available)} available of {_shown_bytes(memory.total)}"
+    limited = "" if container_bytes is None else f", {_shown_bytes(container_bytes)} below the container's limit"
+    return Finding("memory", data, text + limited)
 
 
 def _devices() -> Finding:
@@ -115,11 +119,12 @@ def _shared_memory() -> Finding:
     return Finding("shared memory", data, f"{_shown_bytes(usage.free)} free of {_shown_bytes(usage.total)}", advice)
 
 
-def _locked_memory() -> Finding:
-    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if limit_bytes == resource.RLIM_INFINITY:
-        return Finding("locked memory", None, "no limit")
-    return Finding("locked memory", limit_bytes, f"at most {_shown_bytes(limit_bytes)} (ulimit -l)")
+def _pinned_memory() -> Finding:
+    """Host memory that a GPU copies from. CUDA's driver pins it, whatever `ulimit -l` says."""
+    in_wsl = "microsoft" in platform.release().lower()
+    advice = "there engine.kv_host_memory of more than about half the memory is refused" if in_wsl else ""
+    text = "as much as WSL2 lets be pinned" if in_wsl else "as much as is free; ulimit -l does not bind CUDA"
+    return Finding("pinned memory", {"in_wsl": in_wsl}, text, advice)
 
 
 def _compiler() -> Finding:

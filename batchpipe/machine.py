@@ -11,23 +11,24 @@ from time import perf_counter
 import torch
 
 from batchpipe.attention.choose import choose_backend
-from batchpipe.errors import JobError
-from batchpipe.execute.memory import StageMemory, free_bytes
+from batchpipe.errors import JobError, MemoryLimitError
+from batchpipe.execute.capacity import Layout, kv_blocks, max_batch_sequences
+from batchpipe.execute.memory import StageMemory, check_host_memory, free_bytes, gib
 from batchpipe.execute.open import (
     fewest_stages,
     num_threads,
     resolve_device,
-    resolve_num_replicas,
-    resolve_num_stages,
+    resolve_layout,
     stage_layers,
 )
 from batchpipe.execute.stage import device_name
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo
-from batchpipe.plan.cost import CostModel
+from batchpipe.plan.cost import CostModel, StepWork
 from batchpipe.plan.geometry import ModelGeometry
 from batchpipe.plan.hardware import Device, Hardware, known_hardware, load_hardware
 from batchpipe.plan.live_cost import LiveCost
+from batchpipe.plan.offload_choice import LEAST_STREAMS_PER_BLOCK, OffloadChoice, choose_offload
 from batchpipe.plan.profile import find_profile
 from batchpipe.plan.profile_cost import ProfileCost
 from batchpipe.plan.roofline import RooflineCost
@@ -38,37 +39,43 @@ _LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Machine:
-    """`free_bytes` of one device before weights; `cost` makes a cost model of stages that hold these layers."""
+class Place:
+    """Where a model's copies stand. `free_bytes` of one device before weights; `host_free_bytes`: None, not known."""
 
     name: str
-    device: str  # cpu or cuda
+    layout: Layout
     free_bytes: int
+    host_free_bytes: int | None
     block_tokens: int
-    source: str  # where step times come from
-    cost: Callable[[Sequence[range]], CostModel]
-    num_stages: int
-    num_replicas: int
 
-    def stage_memory(self, info: ModelInfo, layers: Sequence[range]) -> list[StageMemory]:
+    def stage_memory(self, info: ModelInfo) -> list[StageMemory]:
         """What each stage has free once its weights are loaded; on the CPU all stages share one memory.
 
-        Raises JobError where weights do not fit.
+        Raises MemoryLimitError where weights do not fit.
         """
+        layers = self.layout.layers
         weight_bytes = stage_weight_bytes(info, layers)
-        if self.device == "cpu":
-            free = [self.free_bytes - self.num_replicas * sum(weight_bytes)] * len(layers)
+        if self.layout.device == "cpu":
+            free = [self.free_bytes - self.layout.num_replicas * sum(weight_bytes)] * len(layers)
         else:
             free = [self.free_bytes - num_bytes for num_bytes in weight_bytes]
         if min(free) <= 0:
-            raise JobError(
-                f"engine.num_stages: {len(layers)} stages of {self.name} hold up to {max(weight_bytes) / 2**30:.1f} "
-                f"GiB of weights each and {self.free_bytes / 2**30:.1f} GiB are free; ask for more stages"
+            raise MemoryLimitError(
+                f"engine.num_stages: {len(layers)} stages of {self.name} hold up to {gib(max(weight_bytes))} "
+                f"of weights each and {gib(self.free_bytes)} are free; ask for more stages"
             )
         return [
             StageMemory(free_bytes, len(own) * info.kv_bytes_per_token_layer * self.block_tokens, self.block_tokens)
             for free_bytes, own in zip(free, layers, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class Machine(Place):
+    """`cost` makes a cost model of stages that hold these layers."""
+
+    source: str  # where step times come from
+    cost: Callable[[Sequence[range]], CostModel]
 
 
 def stage_weight_bytes(info: ModelInfo, layers: Sequence[range]) -> list[int]:
@@ -79,33 +86,78 @@ def stage_weight_bytes(info: ModelInfo, layers: Sequence[range]) -> list[int]:
     return weight_bytes
 
 
+def choose_kv(
+    engine: EngineSpec, info: ModelInfo, place: Place, cost: CostModel | None, num_sequences: int | None
+) -> OffloadChoice:
+    """How the run uses host memory for KV, decided before the model loads, so that what cannot be is said by then.
+
+    cost: None where step times are not known. num_sequences: of the whole job, None where they are not counted.
+    Raises MemoryLimitError where less is free than is asked for, and JobError.
+    """
+    if engine.offload == "none" or engine.kv_host_memory == 0:
+        key = "offload is none" if engine.kv_host_memory else "kv_host_memory is 0"
+        return OffloadChoice("none", f"engine.{key}")
+    layout, stages = place.layout, place.stage_memory(info)
+    if layout.device != "cpu" and place.host_free_bytes is not None:
+        check_host_memory(engine.kv_host_memory, layout.num_pools, place.host_free_bytes)
+    if engine.offload == "layer" and layout.streams_per_block < LEAST_STREAMS_PER_BLOCK:
+        raise JobError(
+            f"engine.offload is layer and one of {layout.num_stages} stages has {min(map(len, layout.layers))} layers; "
+            "two stream at a time, so only with four is room saved: lower engine.num_stages, or take offload batch"
+        )
+    device_blocks, host_blocks = kv_blocks(engine, info, layout, stages, with_host=True)
+    max_sequences = max_batch_sequences(engine, layout)
+    most_running = (layout.num_stages + 1) * max_sequences
+    if num_sequences is not None:
+        most_running = min(most_running, -(-num_sequences // layout.num_replicas))
+    step_seconds = None
+    links = cost.kv_links if cost is not None else ()
+    slowest = min(links, key=lambda link: link.load_bytes_per_second / link.kv_bytes_per_token, default=None)
+    if cost is not None:
+        context_tokens = device_blocks * place.block_tokens // layout.num_stages
+        work = StepWork.decode(min(max_sequences, context_tokens), context_tokens)
+        step_seconds = max(cost.stage_seconds(stage, work) for stage in range(layout.num_stages))
+    return choose_offload(
+        engine.offload,
+        num_stages=layout.num_stages,
+        device_blocks=device_blocks,
+        host_blocks=host_blocks,
+        needed_blocks=most_running * -(-info.max_context_tokens // place.block_tokens),
+        step_seconds=step_seconds,
+        link_bytes_per_second=slowest.load_bytes_per_second if slowest is not None else None,
+        block_bytes=slowest.block_bytes(place.block_tokens) if slowest is not None else 1,
+        streams_per_block=layout.streams_per_block,
+    )
+
+
+def this_place(engine: EngineSpec, info: ModelInfo) -> Place:
+    """Raises JobError where the engine does not fit the machine."""
+    device = resolve_device(engine)
+    layout = resolve_layout(engine, info, device)
+    backend = choose_backend(engine.attention, torch.device(device), getattr(torch, info.dtype), info.head_dim)
+    return Place(
+        name=_device_name(layout),
+        layout=layout,
+        free_bytes=free_bytes("cpu" if device == "cpu" else "cuda:0"),
+        host_free_bytes=free_bytes("cpu"),
+        block_tokens=backend.default_block_tokens if engine.block_tokens == "auto" else engine.block_tokens,
+    )
+
+
 def this_machine(engine: EngineSpec, info: ModelInfo, model_name: str) -> Machine:
     """Times from a profile of this model on this device where there is one, else a roofline."""
-    device = resolve_device(engine)
-    num_stages = resolve_num_stages(engine, info, device)
-    num_replicas = resolve_num_replicas(engine, device, num_stages)
-    threads = max(1, num_threads(len(os.sched_getaffinity(0))) // (num_stages * num_replicas))
-    name = device_name("cpu" if device == "cpu" else "cuda:0", threads)
-    backend = choose_backend(engine.attention, torch.device(device), getattr(torch, info.dtype), info.head_dim)
+    place = this_place(engine, info)
     geometry = ModelGeometry.of(info)
-    profile = find_profile(model_name, name, info.dtype)
+    profile = find_profile(model_name, place.name, info.dtype)
     if profile is not None:
-        profile.check_fits("the kept profile", geometry, name, info.dtype)
+        profile.check_fits("the kept profile", geometry, place.name, info.dtype)
         source = f"profile of {profile.measured_on}"
         cost: Callable[[Sequence[range]], CostModel] = partial(ProfileCost, profile)
     else:
         source = "estimate; `batchpipe profile` measures"
-        cost = partial(RooflineCost, Hardware(_guess(device, name, info.dtype), num_stages, name), geometry)
-    return Machine(
-        name=name,
-        device=device,
-        free_bytes=free_bytes("cpu" if device == "cpu" else "cuda:0"),
-        block_tokens=backend.default_block_tokens if engine.block_tokens == "auto" else engine.block_tokens,
-        source=source,
-        cost=cost,
-        num_stages=num_stages,
-        num_replicas=num_replicas,
-    )
+        device = _guess(place.layout.device, place.name, info.dtype)
+        cost = partial(RooflineCost, Hardware(device, place.layout.num_stages, place.name), geometry)
+    return Machine(**vars(place), source=source, cost=cost)
 
 
 def other_machine(name: str, engine: EngineSpec, info: ModelInfo) -> Machine:
@@ -125,13 +177,12 @@ def other_machine(name: str, engine: EngineSpec, info: ModelInfo) -> Machine:
         )
     return Machine(
         name=f"{hardware.num_devices} x {hardware.device.name}",
-        device="cuda",
+        layout=Layout("cuda", stage_layers(info, num_stages), num_replicas),
         free_bytes=usable_bytes,
+        host_free_bytes=None,
         block_tokens=GPU_BLOCK_TOKENS if engine.block_tokens == "auto" else engine.block_tokens,
         source=f"roofline of {hardware.origin}",
         cost=lambda layers: RooflineCost(hardware, geometry, layers),
-        num_stages=num_stages,
-        num_replicas=num_replicas,
     )
 
 
@@ -139,20 +190,24 @@ def run_cost(engine: EngineSpec, info: ModelInfo, model_name: str) -> LiveCost |
     """What a run's planner takes step times from, corrected as it goes; None for one stage, which asks for none, and
     for devices of which nothing is known: their steps are taken to be as long as their tokens are many.
     """
-    device = resolve_device(engine)
-    num_stages = resolve_num_stages(engine, info, device)
-    if num_stages == 1:
+    layout = resolve_layout(engine, info, resolve_device(engine))
+    if layout.num_stages == 1:
         return None
-    layers = stage_layers(info, num_stages)
-    threads = max(1, num_threads(len(os.sched_getaffinity(0))) // num_stages)
-    name = device_name("cpu" if device == "cpu" else "cuda:0", threads)
+    name = _device_name(layout)
     profile = find_profile(model_name, name, info.dtype)
     if profile is not None:
-        return LiveCost(ProfileCost(profile, layers))
-    known = _known_device(name) if device == "cuda" else None
+        return LiveCost(ProfileCost(profile, layout.layers))
+    known = _known_device(name) if layout.device == "cuda" else None
     if known is None:
         return None
-    return LiveCost(RooflineCost(Hardware(known, num_stages, name), ModelGeometry.of(info), layers))
+    hardware = Hardware(known, layout.num_stages, name)
+    return LiveCost(RooflineCost(hardware, ModelGeometry.of(info), layout.layers))
+
+
+def _device_name(layout: Layout) -> str:
+    """Of a stage's device: a processor counts with the threads that a stage has of it."""
+    threads = max(1, num_threads(len(os.sched_getaffinity(0))) // layout.num_pools)
+    return device_name("cpu" if layout.device == "cpu" else "cuda:0", threads)
 
 
 def _known_device(name: str) -> Device | None:

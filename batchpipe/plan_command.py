@@ -8,11 +8,13 @@ from itertools import islice
 from typing import Any
 
 from batchpipe.errors import InputError
-from batchpipe.execute.open import offered_capacity, stage_layers
+from batchpipe.execute.capacity import offered_capacity
+from batchpipe.execute.open import stage_layers
 from batchpipe.execute.simulate import SimulatedPipeline
 from batchpipe.job import Job
 from batchpipe.job.spec import EngineSpec
-from batchpipe.machine import Machine, other_machine, stage_weight_bytes, this_machine
+from batchpipe.machine import Machine, choose_kv, other_machine, run_cost, stage_weight_bytes, this_machine
+from batchpipe.plan.offload_choice import OffloadChoice
 from batchpipe.plan_lengths import Lengths
 from batchpipe.prepare import Prepared, prepare
 from batchpipe.simulate import SimulatedRun, simulate
@@ -39,7 +41,9 @@ class Outlook:
 
     machine: Machine
     capacity: Capacity
+    offload: OffloadChoice
     kv_bytes_per_stage: tuple[int, ...]
+    kv_host_bytes_per_stage: tuple[int, ...]
     weight_bytes_per_stage: tuple[int, ...]
     run: SimulatedRun
     seconds: float  # of the whole input
@@ -76,14 +80,16 @@ def plan_job(job: Job, hardware: str | None = None) -> dict[str, Any]:
         "hardware": machine.name,
         "times_from": machine.source,
         "lengths_from": lengths.source,
-        "num_stages": machine.num_stages,
-        "num_replicas": machine.num_replicas,
+        "num_stages": machine.layout.num_stages,
+        "num_replicas": machine.layout.num_replicas,
         "schedule": setting.schedule,
         "weight_bytes_per_stage": outlook.weight_bytes_per_stage,
         "kv_bytes_per_stage": outlook.kv_bytes_per_stage,
-        "kv_capacity_tokens": capacity.num_blocks * capacity.block_tokens,
-        "peak_kv_fraction": run.peak_used_blocks / capacity.num_blocks,
-        "kv_host_bytes": 0,
+        "kv_host_bytes_per_stage": outlook.kv_host_bytes_per_stage,
+        "kv_capacity_tokens": max(capacity.num_blocks, capacity.num_host_blocks) * capacity.block_tokens,
+        "peak_kv_fraction": run.peak_used_blocks / max(capacity.num_blocks, capacity.num_host_blocks),
+        "offload": outlook.offload.mode,
+        "offload_reason": outlook.offload.reason,
         "rows": round(num_rows),
         "simulated_rows": len(requests),
         "prompt_tokens": round(num_prompt_tokens),
@@ -96,7 +102,7 @@ def plan_job(job: Job, hardware: str | None = None) -> dict[str, Any]:
         "phase_switches": run.num_phase_switches,
         "preemptions": run.num_preemptions,
         "recomputed_tokens": run.num_recomputed_tokens,
-        "link_bytes": round((num_prompt_tokens + num_output_tokens) * (machine.num_stages - 1) * hidden_bytes),
+        "link_bytes": round((num_prompt_tokens + num_output_tokens) * (machine.layout.num_stages - 1) * hidden_bytes),
         "planner_fraction": run.planner_seconds / run.seconds,
         "knob": bench.best_knob(setting, outlook),
     }
@@ -122,13 +128,14 @@ class _Bench:
         """`rows` are numbers of the rows looked at; where it is all of them, the rest of the input is added."""
         info = self._prepared.info
         machine = self._machine(setting.engine)
-        layers = stage_layers(info, machine.num_stages)
-        memory = machine.stage_memory(info, layers)
-        capacity = offered_capacity(
-            setting.engine, info, machine.device, machine.num_stages, machine.num_replicas, memory
-        )
+        layers, num_replicas = machine.layout.layers, machine.layout.num_replicas
+        memory = machine.stage_memory(info)
         cost = machine.cost(layers)
-        own = rows[:: machine.num_replicas]
+        # On this machine the run chooses by what it knows of step times, which may be less.
+        known = cost if self._hardware else run_cost(setting.engine, info, self._prepared.model.name)
+        offload = choose_kv(setting.engine, info, machine, known, self._prepared.num_sequences())
+        capacity = offered_capacity(setting.engine, info, machine.layout, memory, offload.mode)
+        own = rows[::num_replicas]
 
         def run(rows: Sequence[int]) -> SimulatedRun:
             by_stream = self._lengths.by_stream(rows, scale)
@@ -139,14 +146,16 @@ class _Bench:
         whole = run(own)
         seconds = whole.seconds
         is_all = len(rows) == len(self._lengths.requests)
-        left = (self._num_rows - len(rows)) / machine.num_replicas if is_all else 0.0
+        left = (self._num_rows - len(rows)) / num_replicas if is_all else 0.0
         if left > 0 and len(own) > 1:
             half = own[: len(own) // 2]
             seconds += left * (whole.seconds - run(half).seconds) / (len(own) - len(half))
         return Outlook(
             machine,
             capacity,
+            offload,
             tuple(capacity.num_blocks * one.bytes_per_block for one in memory),
+            tuple(capacity.num_host_blocks * one.bytes_per_block for one in memory),
             tuple(stage_weight_bytes(info, layers)),
             whole,
             seconds,
@@ -171,19 +180,18 @@ class _Bench:
             return f"engine.{key}", value, replace(setting, engine=changed)
 
         yield engine("max_batch_sequences", 2 * outlook.capacity.max_batch_sequences)
-        room = min(one.free_bytes for one in outlook.machine.stage_memory(
-            self._prepared.info, stage_layers(self._prepared.info, outlook.machine.num_stages)
-        ))  # fmt: skip
+        machine, layout = outlook.machine, outlook.machine.layout
+        on_cpu = layout.device == "cpu"
+        room = min(one.free_bytes for one in machine.stage_memory(self._prepared.info))
+        room = room // (layout.num_pools if on_cpu else 1) - (max(outlook.kv_host_bytes_per_stage) if on_cpu else 0)
         more = 2 * max(outlook.kv_bytes_per_stage)
-        sharers = outlook.machine.num_stages * outlook.machine.num_replicas if outlook.machine.device == "cpu" else 1
-        if more <= room // sharers:
+        if more <= room and (outlook.offload.mode == "none" or more < setting.engine.kv_host_memory):
             yield engine("kv_device_memory", more)
-        if outlook.machine.device == "cuda":
-            num_devices = outlook.machine.num_stages * outlook.machine.num_replicas
-            for num_stages in (n for n in range(1, num_devices + 1) if num_devices % n == 0):
+        if not on_cpu and setting.engine.offload in ("auto", "none"):
+            for num_stages in (n for n in range(1, layout.num_pools + 1) if layout.num_pools % n == 0):
                 layers = stage_layers(self._prepared.info, num_stages)
                 weights = max(stage_weight_bytes(self._prepared.info, layers))
-                if num_stages != outlook.machine.num_stages and weights < 0.8 * outlook.machine.free_bytes:
+                if num_stages != layout.num_stages and weights < 0.8 * machine.free_bytes:
                     yield engine("num_stages", num_stages)
         for schedule in ("temporal", "hybrid"):
             if schedule != setting.schedule:
@@ -211,10 +219,11 @@ def describe_plan(plan: dict[str, Any]) -> str:
         f"  about {_duration(plan['generate_seconds'])} ({_duration(plan['generate_seconds_low'])} to "
         f"{_duration(plan['generate_seconds_high'])}), {plan['output_tokens_per_second']:,.0f} output tokens/s",
     ]
-    for index, (weights, kv, busy) in enumerate(
-        zip(plan["weight_bytes_per_stage"], plan["kv_bytes_per_stage"], plan["stage_utilization"], strict=True)
-    ):
-        lines.append(f"  stage {index}: {weights / gib:.2f} GiB weights, {kv / gib:.2f} GiB KV, busy {busy:.0%}")
+    stages = ("weight_bytes_per_stage", "kv_bytes_per_stage", "kv_host_bytes_per_stage", "stage_utilization")
+    for index, (weights, kv, host_kv, busy) in enumerate(zip(*(plan[key] for key in stages), strict=True)):
+        host = f" and {host_kv / gib:.2f} GiB on the host" if host_kv else ""
+        lines.append(f"  stage {index}: {weights / gib:.2f} GiB weights, {kv / gib:.2f} GiB KV{host}, busy {busy:.0%}")
+    lines.append(f"  KV offload: {plan['offload']} ({plan['offload_reason']})")
     lines.append(
         f"  KV for {plan['kv_capacity_tokens']:,} tokens, {plan['peak_kv_fraction']:.0%} in use at most; "
         f"{plan['phase_switches']} phase switches, {plan['preemptions']} preemptions"

@@ -93,6 +93,11 @@ class Prepared:
             fresh=fresh,
         )
 
+    def num_sequences(self) -> int | None:
+        """All samples of all rows, where both are known beforehand."""
+        num_rows, sampling = self.source.num_rows(), self.job.sampling
+        return None if num_rows is None or sampling.column is not None else num_rows * sampling.n
+
     def estimated_rows(self) -> float:
         """Rows of the whole input: counted where that is cheap, else from how much of it was read."""
         num_rows = self.source.num_rows()

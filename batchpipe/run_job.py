@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -13,12 +14,13 @@ from batchpipe.collector import calm_collector
 from batchpipe.engine import Engine
 from batchpipe.errors import InterruptedRunError, TooManyFailedError
 from batchpipe.execute.base import Pipeline
-from batchpipe.execute.open import open_pipelines
+from batchpipe.execute.open import open_pipelines as load_pipelines
 from batchpipe.interrupt import Interrupt
 from batchpipe.job import Job, load_job
 from batchpipe.job.spec import EngineSpec
-from batchpipe.machine import run_cost
+from batchpipe.machine import choose_kv, run_cost, this_place
 from batchpipe.model.describe import ModelInfo
+from batchpipe.plan.cost import CostModel
 from batchpipe.prepare import Prepared, prepare
 from batchpipe.read.ahead import Ahead
 from batchpipe.report.metrics import append_metrics, read_metrics
@@ -28,6 +30,8 @@ from batchpipe.sample.detokenize import detokenize, failed_outcome
 from batchpipe.types import FailedRow, Request
 from batchpipe.write.row_set import RowCounts
 from batchpipe.write.writer import CompletionWriter
+
+logger = logging.getLogger(__name__)
 
 OpenPipelines = Callable[[EngineSpec, ModelInfo], Sequence[Pipeline]]
 
@@ -41,7 +45,7 @@ def run_job(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     fresh: bool = False,
-    open_pipelines: OpenPipelines = open_pipelines,
+    open_pipelines: OpenPipelines | None = None,
 ) -> Result:
     """See `batchpipe.run`; `open_pipelines` is how tests and simulations bring their own engine."""
     account = Account()
@@ -53,14 +57,17 @@ def run_job(
             interrupt = stack.enter_context(Interrupt())
             ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
             predictor = prepared.open_predictor()
-            pipelines = open_pipelines(prepared.job.engine, prepared.info)
+            cost = run_cost(prepared.job.engine, prepared.info, prepared.model.name)
+            if open_pipelines is None:
+                pipelines = _open_here(prepared, cost)
+            else:
+                pipelines = open_pipelines(prepared.job.engine, prepared.info)
             for pipeline in pipelines:
                 stack.enter_context(pipeline)
             stack.enter_context(calm_collector())
             account.loaded()
             writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
             progress = stack.enter_context(Progress(prepared.source.num_rows()))
-            cost = run_cost(prepared.job.engine, prepared.info, prepared.model.name)
             engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
             stop: str | None = None
             while stop is None and not (engine.idle and ahead.exhausted):
@@ -83,6 +90,17 @@ def run_job(
     if stop is not None:
         raise TooManyFailedError(stop, result.summary)
     return result
+
+
+def _open_here(prepared: Prepared, cost: CostModel | None) -> Sequence[Pipeline]:
+    """On this machine; whether KV uses host memory is decided before anything is loaded."""
+    engine, info = prepared.job.engine, prepared.info
+    if engine.kv_host_memory == 0:
+        return load_pipelines(engine, info)
+    choice = choose_kv(engine, info, this_place(engine, info), cost, prepared.num_sequences())
+    if choice.mode == "none":
+        logger.warning("KV stays on the device, engine.kv_host_memory is not used: %s", choice.reason)
+    return load_pipelines(engine, info, choice.mode)
 
 
 def _reading(prepared: Prepared, engine: Engine, counts: RowCounts) -> tuple[int, int, int, int, float]:

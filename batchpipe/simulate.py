@@ -18,6 +18,8 @@ class SimulatedRun:
 
     num_failed: requests that end with an error code, such as one whose KV can never fit.
     output_tokens: of all samples, once each; num_recomputed_tokens: KV lost to preemptions and computed again.
+    stage_utilization: seconds of computing; what is missing to 1 is waiting, of which `stage_stall_shares` is for KV.
+    loaded_bytes, stored_bytes: over all stages' links between the two tiers of KV.
     peak_used_blocks: of one planner, the fullest. planner_seconds: real time spent deciding, in this simulation.
     """
 
@@ -27,6 +29,9 @@ class SimulatedRun:
     prompt_tokens: int
     output_tokens: int
     stage_utilization: tuple[float, ...]
+    stage_stall_shares: tuple[float, ...]
+    loaded_bytes: int
+    stored_bytes: int
     num_steps: int
     num_phase_switches: int
     num_preemptions: int
@@ -70,6 +75,8 @@ def simulate(
             output_tokens += sum(len(completion.token_ids) for completion in end.completions)
     planners = [replica.planner for replica in engine.replicas]
     seconds = stages.now_seconds
+    link_uses = [step.link_uses for pipeline in pipelines for step in pipeline.steps if step.link_uses]
+    stall_seconds = [sum(uses[stage].stall_seconds for uses in link_uses) for stage in range(cost.num_stages)]
     return SimulatedRun(
         seconds=seconds,
         num_requests=len(requests),
@@ -77,6 +84,9 @@ def simulate(
         prompt_tokens=sum(len(request.prompt_token_ids) for request in requests),
         output_tokens=output_tokens,
         stage_utilization=tuple(busy / seconds if seconds > 0 else 0.0 for busy in stages.busy_seconds),
+        stage_stall_shares=tuple(stall / seconds if seconds > 0 else 0.0 for stall in stall_seconds),
+        loaded_bytes=sum(use.loaded_bytes for uses in link_uses for use in uses),
+        stored_bytes=sum(use.stored_bytes for uses in link_uses for use in uses),
         num_steps=sum(planner.num_steps for planner in planners),
         num_phase_switches=sum(planner.num_phase_switches for planner in planners),
         num_preemptions=sum(planner.num_preemptions for planner in planners),

@@ -267,7 +267,8 @@ class Capacity:
     """What a pipeline offers the planner: KV blocks, the same ids on every stage, and how many batches circulate.
 
     num_host_blocks: of the second tier; 0: there is none. streams_per_block: how many streamed blocks pass through one
-    device block, two layers of each at a time; 0: a stage has too few layers for that.
+    device block, two layers of each at a time; 0: a stage has too few layers for that. offload: what comes back from
+    the second tier: `none`, whole blocks before a step (`batch`), layers beside it (`layer`), or `both`.
     """
 
     num_blocks: int
@@ -278,3 +279,4 @@ class Capacity:
     max_batch_sequences: int
     num_host_blocks: int = 0
     streams_per_block: int = 0
+    offload: str = "none"

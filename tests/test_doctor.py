@@ -1,5 +1,4 @@
 import json
-import resource
 from types import SimpleNamespace
 
 import pytest
@@ -65,8 +64,19 @@ def test_little_shared_memory_is_a_note(monkeypatch, free_bytes, has_advice):
 
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize(
-    ("limit_bytes", "text"), [(8 << 20, "at most 8 MiB (ulimit -l)"), (resource.RLIM_INFINITY, "no limit")]
+    ("release", "in_wsl"), [("6.6.87.2-microsoft-standard-WSL2", True), ("5.15.0-113-generic", False)]
 )
-def test_limit_of_locked_memory(monkeypatch, limit_bytes, text):
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda kind: (limit_bytes, limit_bytes))
-    assert finding("locked memory").text == text
+def test_what_can_be_pinned(monkeypatch, release, in_wsl):
+    monkeypatch.setattr(doctor.platform, "release", lambda: release)
+    found = finding("pinned memory")
+    assert found.data == {"in_wsl": in_wsl}
+    assert ("engine.kv_host_memory" in found.advice) is in_wsl
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(("free_bytes", "words"), [(None, "of "), (3 << 30, ", 3.0 GiB below the container's limit")])
+def test_a_containers_limit_is_told(monkeypatch, free_bytes, words):
+    monkeypatch.setattr(doctor, "container_free_bytes", lambda: free_bytes)
+    found = finding("memory")
+    assert found.data["container_free_bytes"] == free_bytes
+    assert words in found.text and ("container" in found.text) is (free_bytes is not None)

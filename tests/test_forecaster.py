@@ -8,7 +8,7 @@ from batchpipe.engine import Engine
 from batchpipe.predict.online import OnlinePredictor
 from batchpipe.predict.quantile import QuantileClassifier
 from batchpipe.types import FinishedRequest
-from tests.plan.test_planner import EOS, capacity, fake, request
+from tests.plan.planner_cases import EOS, capacity, fake, request
 
 
 def drive(schedule: str, rows: int, max_tokens: int) -> tuple[list[FinishedRequest], Engine]:

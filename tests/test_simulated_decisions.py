@@ -17,7 +17,7 @@ from batchpipe.predict.quantile import QuantileClassifier
 from batchpipe.sample.rng import stream_of
 from batchpipe.types import Capacity, FinishedRequest, Request, Step, StepResult
 from tests.execute.test_engine_sameness import open_tiny
-from tests.plan.test_planner import request
+from tests.plan.planner_cases import request
 
 EOS = 7
 NUM_STAGES = 2

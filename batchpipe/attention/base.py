@@ -23,6 +23,10 @@ class AttentionInputs:
     Sequence i's new tokens are rows `query_starts[i]` to `query_starts[i + 1]` of the packed tensors. They
     stand behind `context_lengths[i]` tokens whose KV is already in the blocks of `block_tables[i]`, where
     theirs goes too. Unused places of a block table may hold any block's number. Indices are int32, on the CPU.
+
+    A layer slot is one layer of one block: block b's are b * num_layers and those behind it. A table's number
+    `pool.num_blocks + v` names the v-th streamed block: its even layers pass through slot `stream_slots[v]`, its odd
+    ones through the next.
     """
 
     query_lengths: Tensor  # [N], each at least 1
@@ -34,6 +38,7 @@ class AttentionInputs:
     pool: KvPool
     backend: AttentionBackend
     first_layer: int  # the stage's first layer in the whole model: the pool's layer is layer_idx - first_layer
+    stream_slots: Tensor | None = None  # [V]
 
     @classmethod
     def build(
@@ -45,6 +50,7 @@ class AttentionInputs:
         pool: KvPool,
         backend: AttentionBackend,
         first_layer: int = 0,
+        stream_slots: Int32Array | None = None,
     ) -> AttentionInputs:
         queries = torch.tensor(query_lengths, dtype=torch.int32)
         contexts = torch.tensor(context_lengths, dtype=torch.int32)
@@ -64,6 +70,7 @@ class AttentionInputs:
             pool=pool,
             backend=backend,
             first_layer=first_layer,
+            stream_slots=None if stream_slots is None else torch.tensor(stream_slots, dtype=torch.int32),
         )
 
     @property
@@ -80,8 +87,30 @@ class AttentionInputs:
     @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
         """([T], [T]) int64 on the pool's device: the block of each new token's KV, and its row in there."""
+        return self._places_in(self.block_tables)
+
+    def blocks_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """One layer's KV, a view [n, 2, Hkv, block_tokens, D] of the pool, and tables [N, B] of places in that."""
+        if self.stream_slots is None:
+            return self.pool.data[:, layer], self.block_tables
+        first_slots, is_streamed = self._first_slots
+        return self.pool.data.flatten(0, 1), first_slots + torch.where(is_streamed, layer % 2, layer).int()
+
+    def slots_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """As `slots`, for the blocks and tables of `blocks_of`."""
+        return self.slots if self.stream_slots is None else self._places_in(self.blocks_of(layer)[1])
+
+    @cached_property
+    def _first_slots(self) -> tuple[Tensor, Tensor]:
+        """int32 and bool [N, B]: of each block a table names the slot of its layer 0, and whether it is streamed."""
+        assert self.stream_slots is not None
+        is_streamed = self.block_tables >= self.pool.num_blocks
+        streamed = self.stream_slots[(self.block_tables - self.pool.num_blocks).clamp(min=0)]
+        return torch.where(is_streamed, streamed, self.block_tables * self.pool.num_layers), is_streamed
+
+    def _places_in(self, tables: Tensor) -> tuple[Tensor, Tensor]:
         sequences = torch.arange(len(self.query_lengths)).repeat_interleave(self.query_lengths.long())
-        blocks = self.block_tables[sequences, self.positions // self.pool.block_tokens].long()
+        blocks = tables[sequences, self.positions // self.pool.block_tokens].long()
         return blocks.to(self.pool.device), (self.positions % self.pool.block_tokens).to(self.pool.device)
 
 

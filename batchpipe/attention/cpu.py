@@ -91,16 +91,17 @@ class CpuAttention:
         assert num_tokens == len(key) == len(value) == inputs.num_tokens and head_dim == pool.head_dim
         assert num_heads <= MAX_GROUP * pool.num_kv_heads and pool.block_tokens <= MAX_BLOCK_TOKENS
         query, key, value = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value))
+        blocks, tables = inputs.blocks_of(layer)
         output = torch.empty(query.shape, dtype=query.dtype)
         float_sinks = None if sinks is None else sinks.detach().float().contiguous()
         step = _AttentionStep(
             query_starts=inputs.query_starts.data_ptr(),
             context_lengths=inputs.context_lengths.data_ptr(),
-            block_tables=inputs.block_tables.data_ptr(),
+            block_tables=tables.data_ptr(),
             num_sequences=len(inputs.query_lengths),
-            table_width=inputs.block_tables.shape[1],
-            blocks=pool.data[0, layer].data_ptr(),
-            block_stride=pool.data.stride(0),
+            table_width=tables.shape[1],
+            blocks=blocks.data_ptr(),
+            block_stride=blocks.stride(0),
             num_heads=num_heads,
             num_kv_heads=pool.num_kv_heads,
             head_dim=head_dim,

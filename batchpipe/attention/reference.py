@@ -29,15 +29,15 @@ class ReferenceAttention:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        layer_blocks = inputs.pool.data[:, layer]  # [num_blocks, 2, Hkv, block_tokens, D]
-        blocks, rows = inputs.slots
+        layer_blocks, tables = inputs.blocks_of(layer)
+        blocks, rows = inputs.slots_of(layer)
         layer_blocks[blocks, KEY, :, rows] = key
         layer_blocks[blocks, VALUE, :, rows] = value
 
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         starts = inputs.query_starts.tolist()
         contexts = inputs.context_lengths.tolist()
-        tables = inputs.block_tables.to(query.device)
+        tables = tables.to(query.device)
         for sequence, context in enumerate(contexts):
             first, end = starts[sequence], starts[sequence + 1]
             keys, values = _gather(layer_blocks, tables[sequence], context + end - first)

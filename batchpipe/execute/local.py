@@ -9,6 +9,7 @@ from time import perf_counter
 from torch import Tensor
 
 from batchpipe.execute.memory import StageMemory
+from batchpipe.execute.messages import merge_corrupt
 from batchpipe.execute.stage import Stage, StageSpec
 from batchpipe.sample.sampler import SampledTokens
 from batchpipe.types import Capacity, Step, StepResult
@@ -26,17 +27,21 @@ class LocalPipeline:
         self.sockets = ()
         self._in_flight: deque[Step] = deque()
         for stage in self._stages:
-            stage.allocate(self.capacity.num_blocks)
+            stage.allocate(self.capacity.num_blocks, self.capacity.num_host_blocks, self.capacity.streams_per_block)
 
     def __enter__(self) -> LocalPipeline:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        for stage in self._stages:
+            stage.close()
         self._stages.clear()
 
     def submit(self, step: Step) -> None:
         assert len(self._in_flight) < self.capacity.max_batches, "more steps in flight than the pipeline holds"
         self._in_flight.append(step)
+        for stage in self._stages:
+            stage.announce(step)
 
     def collect(self) -> StepResult:
         step = self._in_flight.popleft()
@@ -48,7 +53,15 @@ class LocalPipeline:
             output = stage.run(step, output)
             stage_seconds.append(perf_counter() - started)
         assert isinstance(output, SampledTokens)
-        return StepResult(step.step_id, output.token_ids, output.logprobs, tuple(stage_seconds))
+        uses = [stage.link_use for stage in self._stages]
+        return StepResult(
+            step.step_id,
+            output.token_ids,
+            output.logprobs,
+            tuple(stage_seconds),
+            tuple(use for use in uses if use is not None),
+            merge_corrupt(stage.corrupt for stage in self._stages),
+        )
 
     def ready(self) -> bool:
         return bool(self._in_flight)

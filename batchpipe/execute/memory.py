@@ -1,4 +1,8 @@
-"""How much memory a stage may take for KV, and what to say where it is not enough."""
+"""How much memory a stage may take for KV, on its device and on the host, and what to say where it is not enough.
+
+Host memory that a GPU copies from is pinned by CUDA's driver, which RLIMIT_MEMLOCK (`ulimit -l`) does not bind; what
+binds is the memory there is, and under WSL2 the part of it that Windows lets be pinned.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from batchpipe.errors import MemoryLimitError
 # Of what is free once the weights are loaded; the rest is for activations and for the other programs of the machine.
 AUTO_SHARE = {"cpu": 0.5, "cuda": 0.9}
 _GIB = 2**30
+_NO_LIMIT_BYTES = 1 << 60  # version 1 writes a number for "none"
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,44 @@ def free_bytes(device: str) -> int:
     import psutil
 
     available = int(psutil.virtual_memory().available)
-    limit = container_limit_bytes()
-    return available if limit is None else min(available, limit - psutil.Process().memory_info().rss)
+    container = container_free_bytes()
+    return available if container is None else min(available, container)
 
 
-def container_limit_bytes() -> int | None:
-    """The cgroup's memory limit, version 2 or 1; None where there is none."""
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(name)
-        if path.exists():
-            text = path.read_text().strip()
-            if text.isdigit() and int(text) < 1 << 60:
-                return int(text)
+def container_free_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the container's limit (cgroup version 2 or 1) leaves to all its processes; None where there is no limit.
+
+    Cached files count as used there and give way as memory is asked for, so here they count as free.
+    """
+    for limit, used, statistics in (
+        (cgroup / "memory.max", cgroup / "memory.current", cgroup / "memory.stat"),
+        (
+            cgroup / "memory" / "memory.limit_in_bytes",
+            cgroup / "memory" / "memory.usage_in_bytes",
+            cgroup / "memory" / "memory.stat",
+        ),
+    ):
+        text = limit.read_text().strip() if limit.exists() else ""
+        if text.isdigit() and int(text) < _NO_LIMIT_BYTES:
+            numbers = dict(line.split() for line in statistics.read_text().splitlines())
+            cached_bytes = int(numbers["inactive_file"]) + int(numbers["active_file"])
+            return max(0, int(text) - int(used.read_text()) + cached_bytes)
     return None
+
+
+def check_host_memory(kv_host_bytes: int, num_pools: int, free_host_bytes: int) -> None:
+    """Raises MemoryLimitError where so many pools of KV do not fit what the host has free for them."""
+    asked_bytes, free_host_bytes = num_pools * kv_host_bytes, max(0, free_host_bytes)
+    if asked_bytes > free_host_bytes:
+        raise MemoryLimitError(
+            f"engine.kv_host_memory asks for {gib(kv_host_bytes)} of host memory per stage, {gib(asked_bytes)} for "
+            f"{num_pools} of them, and {gib(free_host_bytes)} are free for it: {gib(asked_bytes - free_host_bytes)} "
+            f"are missing; lower engine.kv_host_memory to {free_host_bytes // num_pools >> 20}MiB or less"
+        )
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"
 
 
 def num_kv_blocks(
@@ -72,9 +102,8 @@ def num_kv_blocks(
         for room in room_bytes:
             if requested_bytes > room:
                 raise MemoryLimitError(
-                    f"engine.kv_device_memory asks for {requested_bytes / _GIB:.2f} GiB of KV per stage and "
-                    f"{room / _GIB:.2f} GiB are free: {(requested_bytes - room) / _GIB:.2f} GiB are missing; "
-                    "lower engine.kv_device_memory"
+                    f"engine.kv_device_memory asks for {gib(requested_bytes)} of KV per stage and {gib(room)} are "
+                    f"free: {gib(requested_bytes - room)} are missing; lower engine.kv_device_memory"
                 )
         num_blocks = min(requested_bytes // stage.bytes_per_block for stage in stages)
     if num_blocks < 1:

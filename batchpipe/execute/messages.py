@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_origin
 
 import msgspec
 import numpy as np
 
-from batchpipe.types import Int32Array, TokenLogprobs
+from batchpipe.types import Int32Array, LinkUse, TokenLogprobs
 
 Message = TypeVar("Message")
 _LENGTH = struct.Struct("<I")
@@ -30,9 +31,19 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Allocate:
-    """The controller's answer: how many KV blocks every stage holds."""
+    """The controller's answer: how many KV blocks every stage holds, see `Capacity`."""
 
     num_blocks: int
+    num_host_blocks: int
+    streams_per_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """A worker has memory for KV, or why it has none (an error class of `batchpipe.errors`)."""
+
+    error: str | None = None
+    error_message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,16 @@ class StageReport:
     seconds: float
     token_ids: Int32Array | None = None
     logprobs: dict[int, TokenLogprobs] | None = None
+    link_use: LinkUse | None = None
+    corrupt: dict[int, str] = field(default_factory=dict)
+
+
+def merge_corrupt(stages: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    """What the stages of a step found wrong, by sequence id: the first stage's word where several found something."""
+    merged: dict[int, str] = {}
+    for corrupt in stages:
+        merged = {**corrupt, **merged}
+    return merged
 
 
 class Closed(Exception):

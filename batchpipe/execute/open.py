@@ -1,4 +1,4 @@
-"""From a job's engine section and a model to a running pipeline: stages, threads, KV blocks, capacity."""
+"""From a job's engine section and a model to running pipelines: devices, stages, copies, threads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 from batchpipe.errors import JobError
 from batchpipe.execute.base import Pipeline
+from batchpipe.execute.capacity import Layout, max_step_tokens, offered_capacity
+from batchpipe.execute.link import EmulatedLink
 from batchpipe.execute.local import LocalPipeline
-from batchpipe.execute.memory import StageMemory, free_bytes, num_kv_blocks
+from batchpipe.execute.memory import StageMemory, free_bytes
 from batchpipe.execute.stage import StageSpec
 from batchpipe.execute.worker import Transport
 from batchpipe.execute.workers import WorkerPipeline
@@ -20,37 +22,32 @@ from batchpipe.model.describe import ModelInfo
 from batchpipe.model.partition import split_layers
 from batchpipe.types import Capacity
 
-# Chosen by measurement, see docs/log.md: beyond these a step only gets longer, not more efficient. On the CPU the
-# sequences are those of all replicas together.
-CPU_SEQUENCES = 256
-CUDA_BATCH_SEQUENCES = 512
-AUTO_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
-
 # A layer does more than the products its cost counts (attention, norms), and the head less: only tokens after which one
 # is drawn pass it. Measured on chat prompts; this only moves the cut between stages.
 LAYER_OVERHEAD = 1.3
 HEAD_SHARE = 0.6
 
 
-def open_pipelines(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+def open_pipelines(
+    engine: EngineSpec, info: ModelInfo, offload: str = "none", *, link: EmulatedLink | None = None
+) -> list[Pipeline]:
     """Loads the model into every replica, side by side, and allocates KV.
 
+    offload: as in `Capacity`, decided beforehand. link: between the tiers of KV, in place of the machine's own.
     Raises ModelError, MemoryLimitError or JobError; nothing stays open then.
     """
-    device = resolve_device(engine)
-    num_stages = resolve_num_stages(engine, info, device)
-    num_replicas = resolve_num_replicas(engine, device, num_stages)
+    layout = resolve_layout(engine, info, resolve_device(engine))
 
     def capacity_of(stages: Sequence[StageMemory]) -> Capacity:
-        return offered_capacity(engine, info, device, num_stages, num_replicas, stages)
+        return offered_capacity(engine, info, layout, stages, offload)
 
-    if num_stages == num_replicas == 1:
-        return [LocalPipeline(stage_specs(engine, info, device, 1), capacity_of)]
-    transport: Transport = "nccl" if device == "cuda" else "shared_memory"
+    if layout.num_pools == 1:
+        return [LocalPipeline(stage_specs(engine, info, layout.device, 1, link=link), capacity_of)]
+    transport: Transport = "nccl" if layout.device == "cuda" else "shared_memory"
     with ExitStack() as stack:
         pipelines = []
-        for replica in range(num_replicas):
-            specs = stage_specs(engine, info, device, num_stages, replica, num_replicas)
+        for replica in range(layout.num_replicas):
+            specs = stage_specs(engine, info, layout.device, layout.num_stages, replica, layout.num_replicas, link)
             pipelines.append(stack.enter_context(WorkerPipeline(specs, capacity_of, transport)))
         for pipeline in pipelines:
             pipeline.load()
@@ -58,28 +55,10 @@ def open_pipelines(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
         return list(pipelines)
 
 
-def offered_capacity(
-    engine: EngineSpec,
-    info: ModelInfo,
-    device: str,
-    num_stages: int,
-    num_replicas: int,
-    stages: Sequence[StageMemory],
-) -> Capacity:
-    """What one replica offers its planner, from what its stages have free. Raises MemoryLimitError."""
-    max_sequences = _max_sequences(engine, device, num_replicas)
-    num_useful_tokens = max_sequences * num_stages * info.max_context_tokens
-    requested = None if engine.kv_device_memory == "auto" else engine.kv_device_memory
-    # Stages on the CPU share one memory; every GPU has its own.
-    num_sharers = num_stages * num_replicas if device == "cpu" else 1
-    return Capacity(
-        num_blocks=num_kv_blocks(stages, requested, device, num_useful_tokens, num_sharers),
-        block_tokens=stages[0].block_tokens,
-        num_stages=num_stages,
-        max_batches=num_stages,
-        max_step_tokens=_max_step_tokens(engine, device, max_sequences),
-        max_batch_sequences=max_sequences,
-    )
+def resolve_layout(engine: EngineSpec, info: ModelInfo, device: str) -> Layout:
+    """On this machine. Raises JobError where it has too few GPUs."""
+    num_stages = resolve_num_stages(engine, info, device)
+    return Layout(device, stage_layers(info, num_stages), resolve_num_replicas(engine, device, num_stages))
 
 
 def resolve_device(engine: EngineSpec) -> str:
@@ -128,24 +107,21 @@ def resolve_num_replicas(engine: EngineSpec, device: str, num_stages: int) -> in
     return engine.replicas
 
 
-def _max_sequences(engine: EngineSpec, device: str, num_replicas: int) -> int:
-    auto = CPU_SEQUENCES // num_replicas if device == "cpu" else CUDA_BATCH_SEQUENCES
-    return _auto(engine.max_batch_sequences, max(1, auto))
-
-
-def _max_step_tokens(engine: EngineSpec, device: str, max_sequences: int) -> int:
-    return max(_auto(engine.max_step_tokens, AUTO_STEP_TOKENS[device]), max_sequences)
-
-
 def stage_specs(
-    engine: EngineSpec, info: ModelInfo, device: str, num_stages: int, replica: int = 0, num_replicas: int = 1
+    engine: EngineSpec,
+    info: ModelInfo,
+    device: str,
+    num_stages: int,
+    replica: int = 0,
+    num_replicas: int = 1,
+    link: EmulatedLink | None = None,
 ) -> list[StageSpec]:
-    """The stages of one replica, on its share of the processors or GPUs."""
+    """The stages of one replica, on its share of the processors or GPUs; link: see `open_pipelines`."""
+    layout = Layout(device, stage_layers(info, num_stages), num_replicas)
     all_cpus = sorted(os.sched_getaffinity(0))
     cpus = all_cpus[replica * len(all_cpus) // num_replicas : (replica + 1) * len(all_cpus) // num_replicas]
-    max_sequences = _max_sequences(engine, device, num_replicas)
     specs = []
-    for index, layers in enumerate(stage_layers(info, num_stages)):
+    for index, layers in enumerate(layout.layers):
         own_cpus = cpus[index * len(cpus) // num_stages : (index + 1) * len(cpus) // num_stages]
         specs.append(
             StageSpec(
@@ -160,13 +136,15 @@ def stage_specs(
                 attention=engine.attention,
                 block_tokens=None if engine.block_tokens == "auto" else engine.block_tokens,
                 num_threads=max(1, min(len(own_cpus), num_threads(len(all_cpus)))),
-                cpus=tuple(own_cpus) if num_stages * num_replicas > 1 and device == "cpu" else (),
+                cpus=tuple(own_cpus) if layout.num_pools > 1 and device == "cpu" else (),
                 num_kv_heads=info.num_kv_heads,
                 head_dim=info.head_dim,
                 hidden_size=info.hidden_size,
                 vocabulary_size=info.vocabulary_size,
                 eos_token_ids=info.eos_token_ids,
-                max_step_tokens=_max_step_tokens(engine, device, max_sequences),
+                max_step_tokens=max_step_tokens(engine, layout),
+                kv_verify=engine.kv_verify,
+                link=link,
             )
         )
     return specs
@@ -182,7 +160,3 @@ def num_threads(num_cpus: int) -> int:
     """A thread a processor, or what OMP_NUM_THREADS says, as for every program that uses OpenMP."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) > 0 else max(1, num_cpus)
-
-
-def _auto(value: int | str, chosen: int) -> int:
-    return chosen if isinstance(value, str) else value

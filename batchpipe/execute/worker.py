@@ -11,7 +11,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass
+from queue import SimpleQueue
 from time import perf_counter
 from typing import Literal
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from batchpipe.errors import BatchpipeError
 from batchpipe.execute.channel import Channel, DistributedChannel, Payload, SharedMemoryChannel
-from batchpipe.execute.messages import Allocate, Closed, Loaded, StageReport, Wire, decode
+from batchpipe.execute.messages import Allocate, Allocated, Closed, Loaded, StageReport, Wire, decode
 from batchpipe.execute.stage import Stage, StageSpec
 from batchpipe.sample.sampler import SampledTokens
 from batchpipe.types import Step
@@ -72,16 +74,48 @@ def main() -> int:
         return NEIGHBOUR_LOST
     try:
         control.send(Loaded(stage.free_bytes, stage.bytes_per_block, stage.block_tokens, stage.device_name))
-        stage.allocate(control.receive(Allocate).num_blocks)
+        given = control.receive(Allocate)
+        try:
+            stage.allocate(given.num_blocks, given.num_host_blocks, given.streams_per_block)
+        except BatchpipeError as error:
+            control.send(Allocated(type(error).__name__, str(error)))
+            return NEIGHBOUR_LOST
+        control.send(Allocated())
         incoming, outgoing = connect(spec, stage.dtype)
+        inbox = Inbox(control, stage)
         while True:
-            run_step(control, stage, incoming, outgoing)
+            run_step(inbox.next_step(), control, stage, incoming, outgoing)
     except Closed:
         return NEIGHBOUR_LOST
 
 
-def run_step(control: Wire, stage: Stage, incoming: Channel | None, outgoing: Channel | None) -> None:
-    step = control.receive(Step)
+class Inbox:
+    """Takes in steps on a thread of its own: what a step needs from the host sets out while others run."""
+
+    def __init__(self, control: Wire, stage: Stage) -> None:
+        self._control = control
+        self._stage = stage
+        self._steps: SimpleQueue[Step | BaseException] = SimpleQueue()
+        threading.Thread(target=self._listen, name="inbox", daemon=True).start()
+
+    def next_step(self) -> Step:
+        """In their order. Raises Closed where the controller is gone."""
+        step = self._steps.get()
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                step = self._control.receive(Step)
+                self._stage.announce(step)
+                self._steps.put(step)
+        except BaseException as error:  # raised by `next_step`
+            self._steps.put(error)
+
+
+def run_step(step: Step, control: Wire, stage: Stage, incoming: Channel | None, outgoing: Channel | None) -> None:
     hidden: Tensor | None = None
     if incoming is not None:
         hidden = incoming.receive(len(step.token_ids))
@@ -91,11 +125,12 @@ def run_step(control: Wire, stage: Stage, incoming: Channel | None, outgoing: Ch
     if incoming is not None:
         incoming.release()
     if isinstance(output, SampledTokens):
-        control.send(StageReport(step.step_id, seconds, output.token_ids, dict(output.logprobs)))
+        logprobs = dict(output.logprobs)
+        control.send(StageReport(step.step_id, seconds, output.token_ids, logprobs, stage.link_use, stage.corrupt))
         return
     assert outgoing is not None
     outgoing.send(output)
-    control.send(StageReport(step.step_id, seconds))
+    control.send(StageReport(step.step_id, seconds, link_use=stage.link_use, corrupt=stage.corrupt))
 
 
 def connect(spec: WorkerSpec, dtype: torch.dtype) -> tuple[Channel | None, Channel | None]:

@@ -28,7 +28,7 @@ import torch
 from batchpipe import errors
 from batchpipe.execute.channel import Payload, SharedMemoryChannel
 from batchpipe.execute.memory import StageMemory
-from batchpipe.execute.messages import Allocate, Closed, Loaded, StageReport, Wire, encode
+from batchpipe.execute.messages import Allocate, Allocated, Closed, Loaded, StageReport, Wire, encode, merge_corrupt
 from batchpipe.execute.stage import StageSpec
 from batchpipe.execute.worker import NEIGHBOUR_LOST, LinkSpec, Transport, WorkerSpec
 from batchpipe.types import Capacity, Step, StepResult
@@ -106,7 +106,14 @@ class WorkerPipeline:
         last = reports[-1]
         assert all(report.step_id == step_id for report in reports), "stages are out of step"
         assert last.token_ids is not None and last.logprobs is not None
-        return StepResult(step_id, last.token_ids, last.logprobs, tuple(report.seconds for report in reports))
+        return StepResult(
+            step_id,
+            last.token_ids,
+            last.logprobs,
+            tuple(report.seconds for report in reports),
+            tuple(report.link_use for report in reports if report.link_use is not None),
+            merge_corrupt(report.corrupt for report in reports),
+        )
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -196,11 +203,20 @@ class WorkerPipeline:
         return StageMemory(loaded.free_bytes, loaded.bytes_per_block, loaded.block_tokens)
 
     def _allocate(self) -> None:
+        capacity = self.capacity
+        word = Allocate(capacity.num_blocks, capacity.num_host_blocks, capacity.streams_per_block)
         for index, control in enumerate(self._controls):
             try:
-                control.send(Allocate(self.capacity.num_blocks))
+                control.send(word)
             except Closed:
                 self._lost(index)
+        for index, control in enumerate(self._controls):
+            try:
+                allocated = control.receive(Allocated)
+            except Closed:
+                self._lost(index)
+            if allocated.error is not None:
+                raise getattr(errors, allocated.error)(allocated.error_message)
 
     def _hear(self, timeout_seconds: float) -> bool:
         """Waits for a word of any worker and takes it in; False where none came in time."""

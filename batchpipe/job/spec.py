@@ -97,17 +97,37 @@ class EngineSpec(v.Section):
     num_stages: Annotated[v.AutoCount, Field(description="Pipeline stages of one model copy.")] = "auto"
     replicas: Annotated[v.AutoCount, Field(description="Model copies fed from the same rows.")] = "auto"
     kv_device_memory: Annotated[v.AutoSize, Field(description="Bytes of KV per stage on its device.")] = "auto"
-    kv_host_memory: Annotated[v.NoBytes, Field(description="Bytes of KV per stage in host memory.")] = 0
-    offload: Annotated[Literal["auto", "none"], Field(description="What moves to host memory when KV runs short.")] = (
-        "auto"
-    )
+    kv_host_memory: Annotated[
+        v.SizeOrZero,
+        Field(description="Bytes of KV per stage in host memory, which holds a copy of all KV; 0: the device alone."),
+    ] = 0
+    offload: Annotated[
+        Literal["auto", "none", "batch", "layer"],
+        Field(
+            description="How KV comes back from host memory: batch by batch before a step, or layer by layer beside "
+            "it; auto chooses by the stages and the link, and may take both."
+        ),
+    ] = "auto"
     block_tokens: Annotated[v.BlockTokens, Field(description="Tokens of a KV block.")] = "auto"
-    kv_verify: Annotated[Literal["off"], Field(description="Checksums on KV blocks that travel.")] = "off"
+    kv_verify: Annotated[
+        Literal["off", "sample", "all"],
+        Field(description="Checksums on KV that comes back from host memory: on none, on some of it, on all of it."),
+    ] = "off"
     max_batch_sequences: Annotated[v.AutoCount, Field(description="Sequences that one step may hold.")] = "auto"
     max_step_tokens: Annotated[v.AutoCount, Field(description="New tokens that one step may hold.")] = "auto"
     attention: Annotated[
         Literal["auto", "reference", "cpu"], Field(description="Attention kernels; auto goes by the device.")
     ] = "auto"
+
+    @model_validator(mode="after")
+    def _offload_has_memory(self) -> EngineSpec:
+        if self.offload in ("batch", "layer") and not self.kv_host_memory:
+            raise PydanticCustomError(
+                "related_keys",
+                f"offload: is '{self.offload}' and kv_host_memory is 0; set kv_host_memory to a size such as 8GiB, "
+                "or offload to auto",
+            )
+        return self
 
 
 class OutputSpec(v.Section):

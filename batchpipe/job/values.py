@@ -84,7 +84,7 @@ AutoSize = Annotated[
     Literal["auto"] | Annotated[_Bytes, Ge(1)],
     Expects("'auto' or a size above zero such as 4GiB, 512MiB, 64KiB or 1024 (bytes)"),
 ]
-NoBytes = Annotated[_Bytes, Ge(0), Le(0), Expects("0: this version keeps KV on the device alone")]
+SizeOrZero = Annotated[_Bytes, Ge(0), Expects("0 or a size such as 4GiB, 512MiB, 64KiB or 1024 (bytes)")]
 
 Strings = Annotated[
     tuple[Annotated[str, Strict(), MinLen(1)], ...],

@@ -1,4 +1,5 @@
-"""One stage's KV memory: a single tensor, block first, so that a block of a request is one contiguous copy.
+"""One stage's KV memory, on its device or, its second tier, on the host: a single tensor, block first, so that a block
+of a request is one contiguous copy.
 
 data [num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim]
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import resource
 from contextlib import suppress
 
 import torch
@@ -30,6 +32,9 @@ class KvPool:
     Host memory is the kernel's zero pages until a block is first written, so making a large pool costs
     nothing; huge pages are asked for where the system offers them. The first blocks, which every job uses, get their
     pages at once: a virtual machine may take a second a gigabyte for that, which is no time to be counted in a step.
+
+    pinned: host memory that a GPU reads and writes by itself, until `unpin`; all its pages are taken at once.
+    asked_by: the job's key to name where the memory is refused. Raises MemoryLimitError.
     """
 
     def __init__(
@@ -41,6 +46,9 @@ class KvPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        *,
+        pinned: bool = False,
+        asked_by: str = "engine.kv_device_memory",
     ) -> None:
         shape = (num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim)
         assert all(size > 0 for size in shape), f"a KV pool needs at least one of everything, not {shape}"
@@ -52,7 +60,10 @@ class KvPool:
         self.dtype = dtype
         self.device = torch.device(device)
         if self.device.type == "cpu":
-            self.data = _zero_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+            pages = _zero_pages(math.prod(shape) * dtype.itemsize, asked_by)
+            if pinned:
+                _pin(pages, asked_by)
+            self.data = pages.view(dtype).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=self.device)
 
@@ -65,21 +76,38 @@ class KvPool:
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
             self.data[target].copy_(self.data[source])
 
+    def unpin(self) -> None:
+        """Once for a pinned pool, when no GPU uses it any more and before its memory goes."""
+        error = torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())  # type: ignore[no-untyped-call]
+        assert int(error) == 0, f"cudaHostUnregister: {error}"
+
     @property
     def nbytes(self) -> int:
         return self.num_blocks * self.bytes_per_block
 
 
-def _zero_pages(num_bytes: int) -> torch.Tensor:
+def _zero_pages(num_bytes: int, asked_by: str) -> torch.Tensor:
     """uint8 [num_bytes] over anonymous memory, which the tensor keeps alive."""
     try:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryLimitError(
-            f"engine.kv_device_memory: the system refuses {num_bytes / 2**30:.1f} GiB for KV; set a lower value"
+            f"{asked_by}: the system refuses {num_bytes / 2**30:.1f} GiB for KV; set a lower value"
         ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     with suppress(OSError):  # an older kernel: pages come when they are first written
         pages.madvise(_MADV_POPULATE_WRITE, 0, min(num_bytes, READY_BYTES))
     return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _pin(pages: torch.Tensor, asked_by: str) -> None:
+    """In place: torch's own pinned memory comes in powers of two, up to twice what is asked for."""
+    error = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)  # type: ignore[no-untyped-call]
+    if int(error) != 0:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        limited = "" if limit == resource.RLIM_INFINITY else f" (`ulimit -l` is {limit / 2**30:.1f} GiB)"
+        raise MemoryLimitError(
+            f"{asked_by}: the system refuses to lock {pages.nbytes / 2**30:.1f} GiB in memory{limited}; "
+            "set a lower value or raise the limit"
+        )

@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 
+from batchpipe.execute.link import copy_bytes
 from batchpipe.execute.stage import Stage, StageSpec
 from batchpipe.measure.steps import Shape, announcing, build_steps, sequence_start
 from batchpipe.sample.sampler import Sampler
@@ -80,8 +81,9 @@ def copy_rates(device: str, bytes_per_block: int) -> tuple[float, float]:
 
 
 def _copy_blocks(source: torch.Tensor, target: torch.Tensor) -> None:
+    """As the link between the tiers copies them."""
     for block in range(len(source)):
-        target[block].copy_(source[block], non_blocking=True)
+        copy_bytes(target[block], source[block])
 
 
 def _median_seconds(work: Callable[[], object], device: str) -> float:

@@ -15,6 +15,9 @@ import numpy as np
 
 from batchpipe.plan.sequence import Sequence
 
+# Batches whose contexts differ by less take the same time.
+CLOSE = 0.001
+
 
 def balanced_draw(ready: List[Sequence], num_decodes: int, target_tokens: float) -> list[Sequence]:
     """`num_decodes` of `ready` (in line: longest waiting first) whose contexts add up to about `target_tokens`."""
@@ -27,6 +30,8 @@ def balanced_draw(ready: List[Sequence], num_decodes: int, target_tokens: float)
     num_fixed = min(num_decodes, len(ready) - num_decodes)
     excess = float(contexts[:num_decodes].sum()) - target_tokens
     for candidate in range(num_decodes, len(ready)):
+        if abs(excess) <= CLOSE * target_tokens:
+            break
         movable = np.flatnonzero(chosen[num_fixed:num_decodes]) + num_fixed
         if not len(movable):
             break

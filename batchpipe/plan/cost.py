@@ -5,12 +5,13 @@ A step's time depends on few quantities (`StepWork`); a `CostModel` turns them i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from batchpipe.types import BoolArray, Int32Array, Step
+from batchpipe.types import BoolArray, Int32Array, LinkUse, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,27 @@ class StepWork:
         return cls(num_tokens, num_sequences, 0, 0, int(num_sequences * each * (each + 1) / 2))
 
 
+@dataclass(frozen=True, slots=True)
+class KvLink:
+    """What the link between the two tiers of one stage's KV carries, both directions side by side."""
+
+    load_bytes_per_second: float  # from the host to the device
+    store_bytes_per_second: float
+    kv_bytes_per_token_layer: int
+    num_layers: int  # of the stage
+
+    def __post_init__(self) -> None:
+        assert min(self.load_bytes_per_second, self.store_bytes_per_second) > 0
+        assert min(self.kv_bytes_per_token_layer, self.num_layers) > 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.kv_bytes_per_token_layer * self.num_layers
+
+    def block_bytes(self, block_tokens: int) -> int:
+        return self.kv_bytes_per_token * block_tokens
+
+
 class CostModel(Protocol):
     """Seconds of a step on a pipeline of `num_stages` stages."""
 
@@ -71,10 +93,22 @@ class CostModel(Protocol):
         """From the end of a step's last stage until the next step of the same sequences can start on the first."""
         ...
 
+    @property
+    def kv_links(self) -> Sequence[KvLink]:
+        """By stage; none where nothing is known of them."""
+        ...
+
     def stage_seconds(self, stage: int, work: StepWork) -> float:
-        """How long this stage is busy with the step."""
+        """How long this stage computes the step."""
         ...
 
     def handoff_seconds(self, num_tokens: int) -> float:
         """From the end of one stage to the start of the next, for the hidden states of so many tokens."""
         ...
+
+
+def seconds_without_stalls(stage_seconds: Sequence[float], link_uses: Sequence[LinkUse]) -> list[float]:
+    """What each stage computed, of what `StepResult` tells of a step; `link_uses` is empty where there is one tier."""
+    if not link_uses:
+        return list(stage_seconds)
+    return [seconds - use.stall_seconds for seconds, use in zip(stage_seconds, link_uses, strict=True)]

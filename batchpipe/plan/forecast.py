@@ -41,10 +41,11 @@ class KvForecast:
         """What is needed at the worst moment, but for the risk taken."""
         return self._peak(self._mean, self._variance)
 
-    def peak_blocks_with(self, sequence: Sequence) -> float:
-        """`peak_blocks` if this sequence ran too."""
+    def peak_blocks_with(self, sequence: Sequence) -> tuple[float, float]:
+        """What is expected at the worst moment if this sequence ran too, and what is needed but for the risk taken."""
         mean, variance = self._share_of(sequence)
-        return self._peak(self._mean + mean, self._variance + variance)
+        mean = self._mean + mean
+        return float(mean.max()), self._peak(mean, self._variance + variance)
 
     def add(self, sequence: Sequence) -> None:
         mean, variance = self._share_of(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from pydantic import Field
 from batchpipe.errors import JobError
 from batchpipe.job import values as v
 from batchpipe.job.explain import shown
+from batchpipe.plan.cost import KvLink
 from batchpipe.plan.section_file import load_section
 
 _PACKAGE = Path(__file__).parent.parent
@@ -31,6 +33,14 @@ class Link(v.Section):
     device_to_host_bytes_per_second: Annotated[v.Positive, Field(description="From device to host memory.")]
     device_to_device_bytes_per_second: Annotated[v.Positive, Field(description="To the next stage's device.")]
     latency_seconds: Annotated[v.PositiveOrZero, Field(description="Of a hand-off, however small.")]
+
+    def kv_links(
+        self, kv_bytes_per_token_layer: int, layers: Sequence[range], num_shards: int = 1
+    ) -> tuple[KvLink, ...]:
+        """Of stages that hold `layers` each, on `num_shards` devices with a link of its own each."""
+        load = self.host_to_device_bytes_per_second * num_shards
+        store = self.device_to_host_bytes_per_second * num_shards
+        return tuple(KvLink(load, store, kv_bytes_per_token_layer, len(own)) for own in layers)
 
 
 class Efficiency(v.Section):

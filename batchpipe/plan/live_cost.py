@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from batchpipe.plan.cost import CostModel, StepWork
+from batchpipe.plan.cost import CostModel, KvLink, StepWork, seconds_without_stalls
+from batchpipe.types import LinkUse
 
 WINDOW_STEPS = 128
 REFIT_STEPS = 8
@@ -42,16 +43,21 @@ class LiveCost:
     def control_seconds(self) -> float:
         return self._prior.control_seconds
 
+    @property
+    def kv_links(self) -> Sequence[KvLink]:
+        """As the prior has them; what they turn out to carry is learned by `LoadBudget`, which alone asks."""
+        return self._prior.kv_links
+
     def stage_seconds(self, stage: int, work: StepWork) -> float:
         return self._window(stage, work).predict(self._features(stage, work))
 
     def handoff_seconds(self, num_tokens: int) -> float:
         return self._prior.handoff_seconds(num_tokens)
 
-    def observe(self, work: StepWork, stage_seconds: Sequence[float]) -> None:
-        """Takes in what each stage needed for a step; tens of microseconds a stage."""
+    def observe(self, work: StepWork, stage_seconds: Sequence[float], link_uses: Sequence[LinkUse] = ()) -> None:
+        """Takes in what each stage needed for a step, as `StepResult` has it; tens of microseconds a stage."""
         assert len(stage_seconds) == self.num_stages, "a time for every stage"
-        for stage, seconds in enumerate(stage_seconds):
+        for stage, seconds in enumerate(seconds_without_stalls(stage_seconds, link_uses)):
             if seconds > 0:  # a clock too coarse for the step says nothing
                 self._window(stage, work).add(self._features(stage, work), seconds)
 

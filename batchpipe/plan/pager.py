@@ -100,8 +100,9 @@ class Pager:
         """The step that is being planned has a chunk of this sequence."""
         self._needed.add(sequence.sequence_id)
 
-    def has_room(self, sequence: Sequence, num_blocks: int) -> bool:
-        """Makes room for a resident to grow; where there is none, it leaves the device instead."""
+    def has_room(self, sequence: Sequence) -> bool:
+        """Makes room for a resident's next token; where there is none, it leaves the device instead."""
+        num_blocks = self._state.ledger.missing(sequence.sequence_id, sequence.num_tokens)
         if sequence.sequence_id not in self.residency or self._make_room(0, num_blocks):
             return True
         self.residency.leave(sequence.sequence_id)

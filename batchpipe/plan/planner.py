@@ -28,7 +28,6 @@ from batchpipe.types import (
     Completion,
     ErrorCode,
     FinishedRequest,
-    FinishReason,
     Request,
     SamplingParams,
     Step,
@@ -256,8 +255,9 @@ class Planner:
 
     def _hold(self, sequence: Sequence) -> bool:
         """Makes sure of a block for the sequence's next token, at the cost of later sequences if need be."""
-        num_missing = self.ledger.missing(sequence.sequence_id, sequence.num_tokens) if self.pager is not None else 0
-        if self.pager is not None and num_missing and not self.pager.has_room(sequence, num_missing):
+        if sequence.num_tokens <= sequence.room_tokens:
+            return True
+        if self.pager is not None and not self.pager.has_room(sequence):
             return False
         while not self._residents.grow(sequence):
             if len(self.state.running) == 1:
@@ -293,23 +293,13 @@ class Planner:
         if token_id < 0:
             self._fail(sequence, "the model's logits are not finite for this row", ErrorCode.INVALID_LOGITS)
             return
-        sequence.generated.append(token_id)
-        sequence.num_tokens += 1
         self.state.context_tokens += 1
-        if token_id in sequence.end_token_ids:
-            self._finish(sequence, FinishReason.STOP)
-            return
-        text_length = sequence.matcher.feed(token_id) if sequence.matcher is not None else None
-        if text_length is not None:
-            self._finish(sequence, FinishReason.STOP, text_length)
-        elif len(sequence.generated) >= sequence.max_tokens:
-            self._finish(sequence, FinishReason.LENGTH)
-        else:
+        end = sequence.accept(token_id)
+        if end is None:
             self.state.ready.append(sequence)
-
-    def _finish(self, sequence: Sequence, reason: FinishReason, text_length: int | None = None) -> None:
-        self._residents.leave(sequence)
-        self._close(sequence, sequence.completion(reason, text_length))
+        else:
+            self._residents.leave(sequence)
+            self._close(sequence, sequence.completion(*end))
 
     def _fail(self, sequence: Sequence, message: str, code: ErrorCode = ErrorCode.KV_CAPACITY) -> None:
         if sequence.sequence_id in self.state.running:

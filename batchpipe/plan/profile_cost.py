@@ -48,7 +48,9 @@ class ProfileCost:
         self._steps = TimedSteps(profile.times, random_share)
         self._num_layers = [len(one) for one in layers]
         item_bytes = 4 if profile.model.dtype == "float32" else 2
-        self._hidden_bytes_per_token = profile.model.hidden_size * item_bytes
+        model = profile.model
+        self._hidden_bytes_per_token = model.hidden_size * item_bytes
+        self.kv_links = profile.link.kv_links(2 * model.num_kv_heads * model.head_dim * item_bytes, layers)
 
     @property
     def num_stages(self) -> int:

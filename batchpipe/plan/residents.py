@@ -57,9 +57,7 @@ class Residents:
         return True
 
     def grow(self, sequence: Sequence) -> bool:
-        """Makes sure of a block for the sequence's next token; False, with nothing changed, where none is free."""
-        if sequence.num_tokens <= sequence.room_tokens:
-            return True
+        """Gives the sequence a block for its next token; False, with nothing changed, where none is free."""
         ledger = self.state.ledger
         num_owned = ledger.num_owned(sequence.sequence_id)
         blocks = ledger.grow(sequence.sequence_id, sequence.num_tokens)

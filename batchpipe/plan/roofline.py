@@ -47,7 +47,9 @@ class RooflineCost:
         self._flops_per_second = device.bf16_flops_per_second * device.efficiency.compute * num_shards
         self._bytes_per_second = device.memory_bytes_per_second * device.efficiency.memory * num_shards
         # Devices beyond the KV heads hold copies of them.
-        self._kv_bytes_per_second = self._bytes_per_second / num_shards * min(num_shards, geometry.num_kv_heads)
+        num_kv_shards = min(num_shards, geometry.num_kv_heads)
+        self._kv_bytes_per_second = self._bytes_per_second / num_shards * num_kv_shards
+        self.kv_links = self.link.kv_links(geometry.kv_bytes_per_token_layer, layers, num_kv_shards)
         self._layer_overhead_seconds = device.layer_overhead_seconds
         self._sum_seconds_per_token = 0.0
         if num_shards > 1:

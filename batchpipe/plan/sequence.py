@@ -79,6 +79,16 @@ class Sequence:
             return head
         return np.concatenate([head, np.array(self.generated[: stop - num_prompt], dtype=np.int32)])
 
+    def accept(self, token_id: int) -> tuple[FinishReason, int | None] | None:
+        """Takes a drawn token in. Where it ends the sequence: why, and how many characters to keep (None: all)."""
+        self.generated.append(token_id)
+        self.num_tokens += 1
+        if token_id in self.end_token_ids:
+            return FinishReason.STOP, None
+        if self.matcher is not None and (text_length := self.matcher.feed(token_id)) is not None:
+            return FinishReason.STOP, text_length
+        return (FinishReason.LENGTH, None) if len(self.generated) >= self.max_tokens else None
+
     def completion(
         self,
         finish_reason: FinishReason | None,

@@ -55,28 +55,35 @@ def build_step(
     released: List[int],
     copied_blocks: List[tuple[int, int]],
 ) -> Step:
-    query_lengths = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int32)
-    context_lengths = np.array([chunk.num_context for chunk in chunks], dtype=np.int32)
-    pieces: list[Int32Array | list[int]] = []
-    for chunk in chunks:
-        sequence = chunk.sequence
-        if chunk.samples and chunk.num_tokens == 1 and sequence.generated:
-            pieces.append(sequence.generated[-1:])
-        else:
-            pieces.append(sequence.token_slice(chunk.num_context, chunk.num_context + chunk.num_tokens))
+    sequences, contexts, lengths, samples = zip(*chunks, strict=True)
     return Step(
         step_id=step_id,
-        sequence_ids=tuple(chunk.sequence.sequence_id for chunk in chunks),
-        query_lengths=query_lengths,
-        context_lengths=context_lengths,
-        token_ids=np.concatenate(pieces).astype(np.int32, copy=False),
+        sequence_ids=tuple([sequence.sequence_id for sequence in sequences]),
+        query_lengths=np.array(lengths, dtype=np.int32),
+        context_lengths=np.array(contexts, dtype=np.int32),
+        token_ids=_token_ids(chunks),
         block_tables=block_tables,
-        samples=np.array([chunk.samples for chunk in chunks], dtype=np.bool_),
+        samples=np.array(samples, dtype=np.bool_),
         copied_blocks=np.array(copied_blocks, dtype=np.int32).reshape(-1, 2),
         started=tuple(start_of(sequence) for sequence in started),
         released=tuple(released),
         transfers=transfers,
     )
+
+
+def _token_ids(chunks: List[Chunk]) -> Int32Array:
+    """The new tokens of all chunks, one behind the other."""
+    pieces: list[Int32Array] = []
+    drawn: list[int] = []  # of decodes in a row
+    for sequence, num_context, num_tokens, samples in chunks:
+        if samples and num_tokens == 1 and sequence.generated:
+            drawn.append(sequence.generated[-1])
+            continue
+        pieces.append(np.array(drawn, dtype=np.int32))
+        pieces.append(sequence.token_slice(num_context, num_context + num_tokens))
+        drawn = []
+    pieces.append(np.array(drawn, dtype=np.int32))
+    return np.concatenate(pieces)
 
 
 def start_of(sequence: Sequence) -> SequenceStart:

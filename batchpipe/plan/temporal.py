@@ -68,7 +68,9 @@ class Temporal:
         forecast = self._current_forecast(state)
         if self._refused == (sequence.sequence_id, forecast):
             return False
-        fits = forecast.peak_blocks_with(sequence) <= state.limit_blocks
+        expected_blocks, risked_blocks = forecast.peak_blocks_with(sequence)
+        # Beyond what can be kept in motion somebody waits for the link; beyond the last tier somebody loses all KV.
+        fits = expected_blocks <= state.limit_blocks and risked_blocks <= state.ledger.num_blocks
         if not fits:
             self._refused = (sequence.sequence_id, forecast)
         return fits

@@ -71,6 +71,42 @@ class Survival:
         expected: FloatArray = areas[classes, left] + (self.alive[classes, left] + ends) / 2 * rest + (1 - ends) / 2
         return expected
 
+    def variances(self, classes: Int32Array, max_tokens: Int32Array) -> FloatArray:
+        """The variance of min(length, max_tokens) in square tokens, a row each: from the integral of 2 t P(length > t).
+
+        The integral takes a row that ends to be at any point of its last token; a whole length has a square that is
+        larger by that point and a sixth.
+        """
+        grid = self.grid_tokens.astype(np.float64)
+        squares = np.zeros(self.alive.shape)
+        squares[:, 1:] = np.cumsum(_second_moment(grid[:-1], grid[1:], self.alive[:, :-1], self.alive[:, 1:]), axis=1)
+        limit = np.minimum(max_tokens, grid[-1])
+        left = np.searchsorted(grid, limit, side="right") - 1
+        ends = self.at(classes, limit)
+        second = squares[classes, left] + _second_moment(grid[left], limit, self.alive[classes, left], ends)
+        mean = self.expected_tokens(classes, max_tokens)
+        ended_at = mean - limit * ends - (1 - ends) / 2
+        variances: FloatArray = np.maximum(second + ended_at + (1 - ends) / 6 - mean**2, 0.0)
+        return variances
+
+    def sum_error(self, classes: Int32Array, max_tokens: Int32Array) -> float:
+        """One standard error of the sum of min(length, max_tokens) over these rows, as a part of it.
+
+        Rows err each for itself, and all together as far as their level is not known.
+        """
+        deviation = np.sqrt(self.variances(classes, max_tokens).sum())
+        return float(np.hypot(deviation / self.expected_tokens(classes, max_tokens).sum(), self.level_error))
+
+    def stretched(self, factor: float) -> Survival:
+        """Curves on which so many times fewer rows end at every length: a limit cuts what it would cut."""
+        return Survival(self.grid_tokens, self.alive ** (1.0 / factor), self.level_error)
+
+
+def _second_moment(left: FloatArray, right: FloatArray, alive_left: FloatArray, alive_right: FloatArray) -> FloatArray:
+    """The integral of 2 t P(length > t) between points where the curve is a straight line."""
+    ends = left * alive_left + right * alive_right
+    return (right - left) / 3 * (ends + (left + right) * (alive_left + alive_right))
+
 
 class Classifier(Protocol):
     """Sorts rows into classes by their prompts, and knows what lengths such classes had elsewhere."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from batchpipe.errors import InputError, RowError
 from batchpipe.job.spec import InputSpec
-from batchpipe.read.render import Renderer
+from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.read.source import open_source
 from batchpipe.read.tokenize import BATCH_ROWS
 from batchpipe.tokenizer import Tokenizer
@@ -40,20 +41,20 @@ class Examples:
 
 
 def read_examples(
-    sources: Sequence[Path], tokenizer: Tokenizer, *, prompt_column: str, length_column: str | None = None
+    sources: Sequence[Path], tokenizer: Tokenizer, input_spec: InputSpec, *, length_column: str | None = None
 ) -> Examples:
-    """All rows with a length, each prompt as one user message, as a run renders it.
+    """All rows with a length, each prompt rendered as a run with `input_spec` would, whose paths are not looked at.
 
-    A source is an output folder that carried its prompts, or a JSONL or Parquet file. `length_column` None takes
-    completion_tokens, or out_tok where that is missing. Rows whose finish_reason is "length" were cut; rows that
-    failed have no length and are passed over. Raises InputError
-    where a source cannot be read or none has a row to learn from.
+    A source is an output folder that carried the columns prompts are made of, or a JSONL or Parquet file.
+    `length_column` None takes completion_tokens, or out_tok where that is missing. Rows whose finish_reason is "length"
+    were cut; rows that failed have no length and are passed over. Raises InputError where a source cannot be read,
+    lacks a column or none has a row to learn from, and JobError where the chat template does not suit.
     """
     prompts: list[Int32Array] = []
     num_tokens: list[int] = []
     ended: list[bool] = []
     for source in sources:
-        for prompt, length, reason in _rows(source, tokenizer, prompt_column, length_column):
+        for prompt, length, reason in _rows(source, tokenizer, input_spec, length_column):
             prompts.append(prompt)
             num_tokens.append(length)
             ended.append(reason != FinishReason.LENGTH)
@@ -63,15 +64,21 @@ def read_examples(
 
 
 def _rows(
-    source: Path, tokenizer: Tokenizer, prompt_column: str, length_column: str | None
+    source: Path, tokenizer: Tokenizer, input_spec: InputSpec, length_column: str | None
 ) -> Iterator[tuple[Int32Array, int, str | None]]:
     """Prompt, tokens of its completion and finish reason, of every row that has them."""
     parts = source / COMPLETIONS
-    spec = InputSpec(path=(str(parts if parts.is_dir() else source),), prompt_column=prompt_column, id_column=None)
-    available = open_source(spec, carry="all", needed=frozenset([prompt_column])).carried_schema.names
+    path = str(parts if parts.is_dir() else source)
+    spec = input_spec.model_copy(update={"path": (path,), "format": "auto", "id_column": None, "limit": None})
+    # Messages of a JSONL input stand in the output as JSON text, which would be refused as messages: no role is named.
+    columns = (
+        spec if spec.messages_column is None else spec.model_copy(update={"messages_column": None, "template": ""})
+    )
+    of_prompt = needed_columns(spec, sampling_column=None)
+    available = open_source(columns, carry="all", needed=of_prompt).carried_schema.names
     length_column = length_column or next((name for name in _LENGTH_COLUMNS if name in available), _LENGTH_COLUMNS[0])
-    needed = {prompt_column, length_column} | ({_REASON_COLUMN} & set(available))
-    rows = open_source(spec, carry="none", needed=frozenset(needed)).rows()
+    needed = of_prompt | {length_column} | ({_REASON_COLUMN} & set(available))
+    rows = open_source(columns, carry="none", needed=needed).rows()
     renderer = Renderer(spec, tokenizer)
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
         usable = [
@@ -79,7 +86,7 @@ def _rows(
             for row in batch
             if isinstance(row, Row)
             and _is_length(row.values.get(length_column))
-            and (prompt := _rendered(row, renderer)) is not None
+            and (prompt := _rendered(row.values, renderer, spec.messages_column)) is not None
         ]
         encoded = iter(renderer.encode([prompt for prompt, _ in usable if isinstance(prompt, str)]))
         for prompt, values in usable:
@@ -92,9 +99,11 @@ def _is_length(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
-def _rendered(row: Row, renderer: Renderer) -> str | list[int] | None:
+def _rendered(values: Mapping[str, Any], renderer: Renderer, messages_column: str | None) -> str | list[int] | None:
     """The prompt as a run would have it, None where a run would have failed the row."""
     try:
-        return renderer.render(row.values)
-    except RowError:
+        if messages_column is not None and isinstance(values[messages_column], str):
+            values = {**values, messages_column: json.loads(values[messages_column])}
+        return renderer.render(values)
+    except (RowError, json.JSONDecodeError):
         return None

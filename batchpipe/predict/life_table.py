@@ -2,8 +2,8 @@
 
 In every bin of lengths, the rows that ended in it are set against those that could have: the quotient is the hazard,
 and the product of what hazards leave is the curve. A row that was cut, or still runs, is at risk as far as it came and
-no farther, so it biases nothing, though short rows end first. (Kaplan and Meier, JASA 53, 1958, section 3; a cut inside
-a bin counts for the part of the bin that was lived through, as actuaries do.)
+no farther, so it biases nothing, though short rows end first. (The product-limit estimate of Kaplan and Meier, JASA 53,
+1958; a cut inside a bin counts for the part of the bin that was lived through, as actuaries do.)
 """
 
 from __future__ import annotations

@@ -20,8 +20,6 @@ from batchpipe.types import BoolArray, Int32Array
 # class's own. After some hundred completions both are small.
 PRIOR_ROWS = 16.0
 MOVED_ROWS = 16.0
-# Standard deviation of one model's lengths over their mean, about: the mean of so many rows is known to its part.
-LENGTH_VARIATION = 0.6
 
 
 class OnlinePredictor:
@@ -42,23 +40,32 @@ class OnlinePredictor:
     def survival(self, running_classes: Int32Array, running_tokens: Int32Array) -> Survival:
         running = self._table(running_classes, running_tokens, np.zeros(len(running_classes), np.bool_))
         table = self._finished + running
-        level_error = self._level_error(float(table.ended.sum()))
-        return Survival(self._grid_tokens, table.alive(self._moved_prior(table), MOVED_ROWS), level_error)
+        shares = self._shares(table)
+        alive = table.alive(self._moved_prior(table, shares), MOVED_ROWS)
+        pool = Survival(self._grid_tokens, (shares @ alive)[None, :])
+        return Survival(self._grid_tokens, alive, self._level_error(float(table.ended.sum()), pool))
 
-    def _level_error(self, num_ended: float) -> float:
-        """Of the mean of the prior, which counts for PRIOR_ROWS, and of the job's own completions."""
+    def _level_error(self, num_ended: float, pool: Survival) -> float:
+        """Of the mean of the prior, which counts for PRIOR_ROWS, and of the job's own completions: n rows of the pooled
+        curve's spread.
+        """
+        spread = pool.sum_error(np.zeros(1, np.int32), self._grid_tokens[-1:])
         of_prior = self._classifier.level_error * PRIOR_ROWS
-        of_own_rows = LENGTH_VARIATION * num_ended**0.5
-        return float(np.hypot(of_prior, of_own_rows)) / (PRIOR_ROWS + num_ended)
+        return float(np.hypot(of_prior, spread * num_ended**0.5)) / (PRIOR_ROWS + num_ended)
 
     def _table(self, classes: Int32Array, num_tokens: Int32Array, ended: BoolArray) -> LifeTable:
         return LifeTable.of(self._grid_tokens, self._classifier.prior.num_classes, classes, num_tokens, ended)
 
-    def _moved_prior(self, table: LifeTable) -> FloatArray:
+    @staticmethod
+    def _shares(table: LifeTable) -> FloatArray:
+        """[C]: how the job's rows are parted into classes, evenly while there are none."""
+        num_rows = table.at_risk[:, 0] + 1.0 / len(table.at_risk)
+        shares: FloatArray = num_rows / num_rows.sum()
+        return shares
+
+    def _moved_prior(self, table: LifeTable, shares: FloatArray) -> FloatArray:
         """[C, G]: the prior's curves, moved so that together they are the job's pooled curve."""
         prior = self._classifier.prior
-        num_rows = table.at_risk[:, 0] + 1.0 / prior.num_classes
-        shares = num_rows / num_rows.sum()
         pool = Survival(prior.grid_tokens, (shares @ prior.alive)[None, :])
         pool_here = pool.at(np.zeros(1, np.int32), self._grid_tokens[None, :].astype(np.float64))
         job = table.pooled().alive(pool_here, PRIOR_ROWS)[0]

@@ -19,7 +19,7 @@ from batchpipe.predict.life_table import LifeTable
 from batchpipe.types import Int32Array
 
 MIN_EXAMPLES = 100
-# The quantiles of length that TD-Pipe's and mu-Serve's predictors are judged by (arXiv 2506.10470, section 3.3).
+# The quantiles of length that TD-Pipe's and mu-Serve's predictors are judged by (arXiv 2506.10470).
 QUANTILES = (0.25, 0.5, 0.75, 0.99)
 _NUM_CLASSES = 8
 _NUM_FOLDS = 5

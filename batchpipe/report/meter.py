@@ -7,6 +7,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from batchpipe.plan.cost import seconds_without_stalls
 from batchpipe.types import Outcome, StepResult
 
 
@@ -20,6 +21,9 @@ class Measured(TypedDict):
     num_stages: int
     num_replicas: int
     stage_utilization: tuple[float, ...]
+    host_to_device_bytes: int
+    device_to_host_bytes: int
+    stall_seconds: float
     predictor_mean_absolute_error_tokens: float | None
     predictor_sum_error: float | None
 
@@ -31,6 +35,9 @@ class Meter:
         self.prompt_tokens = 0
         self.output_tokens = 0
         self._stage_seconds = np.zeros((num_replicas, num_stages))
+        self._host_to_device_bytes = 0
+        self._device_to_host_bytes = 0
+        self._stall_seconds = 0.0
         self._num_predicted = 0
         self._absolute_error_tokens = 0
         self._error_tokens = 0
@@ -39,7 +46,11 @@ class Meter:
     def add_step(self, result: StepResult, num_prompt_tokens: int, num_output_tokens: int, replica: int = 0) -> None:
         self.prompt_tokens += num_prompt_tokens
         self.output_tokens += num_output_tokens
-        self._stage_seconds[replica] += result.stage_seconds
+        self._stage_seconds[replica] += seconds_without_stalls(result.stage_seconds, result.link_uses)
+        for use in result.link_uses:
+            self._host_to_device_bytes += use.loaded_bytes
+            self._device_to_host_bytes += use.stored_bytes
+            self._stall_seconds += use.stall_seconds
 
     def add_outcomes(self, outcomes: Sequence[Outcome]) -> None:
         """Compares the forecast of completion lengths with what came, one comparison a sample."""
@@ -66,6 +77,9 @@ class Meter:
             num_stages=self._stage_seconds.shape[1],
             num_replicas=self._stage_seconds.shape[0],
             stage_utilization=tuple((self._stage_seconds.ravel() * per_second).tolist()),
+            host_to_device_bytes=self._host_to_device_bytes,
+            device_to_host_bytes=self._device_to_host_bytes,
+            stall_seconds=self._stall_seconds,
             predictor_mean_absolute_error_tokens=(
                 self._absolute_error_tokens / self._num_predicted if self._num_predicted else None
             ),

@@ -23,7 +23,10 @@ class RunMetrics:
 
     Times are UTC. `predictor_mean_absolute_error_tokens` is per completion, `predictor_sum_error` is the predicted sum
     over the real one, less 1; both None where nothing was predicted. `stage_utilization` has one number for every stage
-    of every replica, the first replica's stages first.
+    of every replica, the first replica's stages first: the part of the time in which it computed. Blocks are summed
+    over replicas; bytes between host and device, and the `stall_seconds` that computing waited for KV, over all stages.
+    `reused_tokens` of prompts had their KV from a prompt that begins alike; `kv_faults` are times that a sequence's KV
+    came back from the host changed.
     """
 
     run_id: str
@@ -52,11 +55,13 @@ class RunMetrics:
     phase_switches: int
     preemptions: int
     recomputed_tokens: int
+    reused_tokens: int
     peak_device_blocks: int
     peak_host_blocks: int
     host_to_device_bytes: int
     device_to_host_bytes: int
     stall_seconds: float
+    kv_faults: int
     predictor_mean_absolute_error_tokens: float | None
     predictor_sum_error: float | None
     planner_seconds: float
@@ -78,6 +83,9 @@ _ARROW_TYPES = {
     "Mapping[str, str]": pa.map_(pa.string(), pa.string()),
 }
 METRICS_SCHEMA = pa.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(RunMetrics)])
+
+# Columns that came after the first version: null in the rows of a folder that is older than they are.
+_ADDED = {"reused_tokens", "kv_faults"}
 
 
 def append_metrics(folder: Path, metrics: RunMetrics) -> None:
@@ -105,6 +113,9 @@ def _read(folder: Path) -> pa.Table:
         return METRICS_SCHEMA.empty_table()
     try:
         with pq.ParquetFile(path) as file:
-            return file.read().cast(METRICS_SCHEMA)
-    except (OSError, ValueError, pa.ArrowException) as error:
+            table = file.read()
+            for name in _ADDED - set(table.column_names):
+                table = table.append_column(name, pa.nulls(len(table), METRICS_SCHEMA.field(name).type))
+            return table.select(METRICS_SCHEMA.names).cast(METRICS_SCHEMA)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise OutputError(f"{path}: cannot be read as metrics ({error}); move it away.") from error

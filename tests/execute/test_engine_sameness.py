@@ -25,7 +25,7 @@ from batchpipe.execute.workers import WorkerPipeline
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import describe_model
 from batchpipe.types import Capacity, Request
-from tests.plan.test_planner import request, sampling
+from tests.plan.planner_cases import request, sampling
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 NEW_TOKENS = 24

@@ -5,9 +5,9 @@ import socket
 import numpy as np
 import pytest
 
-from batchpipe.execute.messages import Closed, StageReport, Wire, decode, encode
-from batchpipe.types import SequenceStart, Step, TokenLogprobs
-from tests.plan.test_planner import request, sampling
+from batchpipe.execute.messages import Closed, StageReport, Wire, decode, encode, merge_corrupt
+from batchpipe.types import LinkUse, SequenceStart, Step, TokenLogprobs, Transfers
+from tests.plan.planner_cases import request, sampling
 
 
 def a_step() -> Step:
@@ -23,6 +23,13 @@ def a_step() -> Step:
         copied_blocks=np.array([[4, 0]], dtype=np.int32),
         started=(start,),
         released=(4,),
+        transfers=Transfers(
+            host_tables=np.array([[5, 6], [7, 8]], dtype=np.int32),
+            loads=np.array([[7, 2]], dtype=np.int32),
+            streams=np.array([8], dtype=np.int32),
+            stream_units=np.array([3], dtype=np.int32),
+            host_copies=np.zeros((0, 2), dtype=np.int32),
+        ),
     )
 
 
@@ -32,15 +39,22 @@ def test_a_step_survives_the_way() -> None:
     for name in ("query_lengths", "context_lengths", "token_ids", "block_tables", "samples", "copied_blocks"):
         assert getattr(copy, name).dtype == getattr(step, name).dtype
         np.testing.assert_array_equal(getattr(copy, name), getattr(step, name))
+    assert copy.transfers is not None and step.transfers is not None
+    for name in ("host_tables", "loads", "streams", "stream_units", "host_copies"):
+        np.testing.assert_array_equal(getattr(copy.transfers, name), getattr(step.transfers, name))
+        assert getattr(copy.transfers, name).dtype == np.int32
     assert copy.started[0].sampling == step.started[0].sampling
     assert (copy.step_id, copy.sequence_ids, copy.released) == (3, (7, 8), (4,))
     copy.token_ids[0] = 5  # what arrives is the receiver's own
 
 
 def test_a_report_survives_the_way() -> None:
-    report = StageReport(1, 0.5, np.array([4, -1], dtype=np.int32), {7: TokenLogprobs(4, -0.5, (4, 2), (-0.5, -1.0))})
+    logprobs = {7: TokenLogprobs(4, -0.5, (4, 2), (-0.5, -1.0))}
+    tokens = np.array([4, -1], dtype=np.int32)
+    report = StageReport(1, 0.5, tokens, logprobs, LinkUse(0.25, 1 << 40, 3, 1.5, 2.5), {7: "stage 0: wrong"})
     copy = decode(encode(report), StageReport)
     assert copy.logprobs == report.logprobs
+    assert (copy.link_use, copy.corrupt) == (report.link_use, report.corrupt)
     assert copy.token_ids is not None and copy.token_ids.tolist() == [4, -1]
 
 
@@ -56,3 +70,7 @@ def test_messages_of_any_size_arrive_whole_and_a_closed_end_is_told() -> None:
     with pytest.raises(Closed):
         receiver.send(StageReport(0, 0.0))
     receiver.close()
+
+
+def test_of_a_sequence_that_several_stages_found_wrong_the_first_is_heard() -> None:
+    assert merge_corrupt([{}, {1: "one", 2: "one"}, {2: "two", 3: "two"}]) == {1: "one", 2: "one", 3: "two"}

@@ -19,6 +19,9 @@ def identity_of(overrides=(), revision="abc", dtype="float32", fingerprint="f1")
     [
         "engine.num_stages=2",
         "engine.device=cpu",
+        "engine.kv_host_memory=4GiB",
+        "engine.offload=none",
+        "engine.kv_verify=all",
         "plan.schedule=separate",
         "predict.method=none",
         "output.part_rows=7",

@@ -52,6 +52,11 @@ def test_override_values_are_yaml(job_file):
     assert load_job(job_file(), ["engine.kv_verify=off"]).engine.kv_verify == "off"
 
 
+def test_off_without_quotes_is_a_word_as_in_yaml_1_2(job_file):
+    engine = load_job(job_file(MINIMAL + "engine: {kv_verify: off, kv_host_memory: 0GiB}\n")).engine
+    assert (engine.kv_verify, engine.kv_host_memory) == ("off", 0)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -67,8 +67,12 @@ def job_with(section: str, **keys: Any) -> dict[str, Any]:
         ("engine", "replicas", 0, "0 is not 'auto' or an integer >= 1"),
         ("engine", "block_tokens", 257, "257 is not 'auto' or an integer from 1 to 256"),
         ("engine", "kv_device_memory", "4GB", "'4GB' is not 'auto' or a size above zero such as 4GiB"),
-        ("engine", "kv_host_memory", "1GiB", "'1GiB' is not 0: this version keeps KV on the device alone"),
-        ("engine", "kv_verify", False, "false is not one of 'off'"),
+        ("engine", "kv_host_memory", -1, "-1 is not 0 or a size such as 4GiB"),
+        ("engine", "kv_host_memory", "auto", "'auto' is not 0 or a size such as 4GiB"),
+        ("engine", "offload", "swap", "'swap' is not one of 'auto', 'none', 'batch', 'layer'"),
+        ("engine", "offload", "both", "'both' is not one of 'auto', 'none', 'batch', 'layer'"),
+        ("engine", "offload", "layer", "is 'layer' and kv_host_memory is 0; set kv_host_memory to a size such as 8GiB"),
+        ("engine", "kv_verify", False, "false is not one of 'off', 'sample', 'all'"),
         ("output", "columns", "id", "'id' is not 'all', 'none' or a list of column names"),
         ("output", "part_rows", 0, "0 is not an integer >= 1"),
         ("output", "max_failed_fraction", 1.01, "1.01 is not a number from 0 to 1"),
@@ -92,6 +96,17 @@ def test_version_is_one():
 def test_template_and_messages_column_exclude_each_other():
     with pytest.raises(JobError, match="input.template: is set beside messages_column; keep one of them"):
         load_job(job_with("input", template="{a}", messages_column="chat"))
+
+
+@pytest.mark.parametrize("offload", ["auto", "none", "batch", "layer"])
+def test_offload_with_host_memory(offload):
+    engine = load_job(job_with("engine", offload=offload, kv_host_memory="1.5GiB")).engine
+    assert (engine.offload, engine.kv_host_memory) == (offload, 3 << 29)
+
+
+@pytest.mark.parametrize("offload", ["auto", "none"])
+def test_offload_without_host_memory_is_one_tier(offload):
+    assert load_job(job_with("engine", offload=offload)).engine.kv_host_memory == 0
 
 
 def test_greedy_beside_a_filter_is_no_mistake():

@@ -1,3 +1,6 @@
+import resource
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +35,16 @@ def test_memory_lives_as_long_as_a_view() -> None:
 def test_more_than_the_system_gives_is_named() -> None:
     with pytest.raises(MemoryLimitError, match=r"engine.kv_device_memory: .* 1474560.0 GiB for KV; set a lower"):
         KvPool(1 << 30, 30, 3, 64, 64, torch.bfloat16)
+    with pytest.raises(MemoryLimitError, match=r"engine.kv_host_memory: .* 1474560.0 GiB"):
+        KvPool(1 << 30, 30, 3, 64, 64, torch.bfloat16, asked_by="engine.kv_host_memory")
+
+
+def test_memory_that_cannot_be_pinned_is_named_with_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = SimpleNamespace(cudaHostRegister=lambda pointer, num_bytes, flags: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1 << 30, 1 << 30))
+    with pytest.raises(MemoryLimitError, match=r"engine.kv_host_memory: .* lock 1.5 GiB .*`ulimit -l` is 1.0 GiB"):
+        KvPool(1 << 19, 1, 2, 12, 64, torch.bool, pinned=True, asked_by="engine.kv_host_memory")
 
 
 def test_nothing_of_a_kind_is_refused() -> None:

@@ -8,6 +8,7 @@ import pytest
 from batchpipe.plan.cost import CostModel, StepWork
 from batchpipe.plan.fit import fit_decodes
 from batchpipe.plan.live_cost import LiveCost
+from batchpipe.types import LinkUse
 
 ALPHA, BETA, DELTA = 2e-4, 3e-8, 5e-3
 
@@ -42,6 +43,7 @@ class Prior:
 
     num_stages = 2
     control_seconds = 1e-3
+    kv_links = ()
 
     def stage_seconds(self, stage: int, work: StepWork) -> float:
         plateau = -(-work.num_tokens // 128) * 1e-2
@@ -60,6 +62,15 @@ def test_without_a_step_the_prior_holds() -> None:
     assert live.handoff_seconds(10) == prior.handoff_seconds(10)
     assert [live.stage_seconds(s, work) for s in (0, 1)] == [prior.stage_seconds(s, work) for s in (0, 1)]
     assert LiveCost(prior).median_error() is None
+
+
+def test_waiting_for_kv_is_no_part_of_a_steps_cost() -> None:
+    prior, live = Prior(), LiveCost(Prior())
+    work = StepWork.decode(64, 6400)
+    for stall in (0.0, 1.0, 3.0):
+        seconds = [2 * prior.stage_seconds(stage, work) + stall for stage in (0, 1)]
+        live.observe(work, seconds, [LinkUse(stall_seconds=stall)] * 2)
+    assert live.stage_seconds(1, work) == pytest.approx(2 * prior.stage_seconds(1, work), rel=0.02)
 
 
 def test_a_few_steps_correct_the_scale_and_keep_the_tile_edge() -> None:

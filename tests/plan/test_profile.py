@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchpipe.errors import JobError
-from batchpipe.plan.cost import CostModel, StepWork
+from batchpipe.plan.cost import CostModel, KvLink, StepWork
 from batchpipe.plan.geometry import ModelGeometry
 from batchpipe.plan.hardware import Link
 from batchpipe.plan.profile import (
@@ -100,6 +100,12 @@ def test_the_cost_is_the_sum_of_the_tables() -> None:
     assert cost.handoff_seconds(1000) == pytest.approx(2e-5 + 1000 * 64 * 2 / 1e9)
     prompt = StepWork(256, 0, 0, 0, 10_000)
     assert cost.stage_seconds(1, prompt) == pytest.approx(2e-4 + 2 * (2e-3 + 1e-3))
+
+
+def test_a_stages_link_carries_the_kv_of_its_layers() -> None:
+    links = ProfileCost(PROFILE, [range(4), range(4, 6)]).kv_links
+    # Keys and values of two heads of 16 numbers of two bytes in a layer.
+    assert links == (KvLink(1e10, 9e9, 128, 4), KvLink(1e10, 9e9, 128, 2))
 
 
 def test_rows_that_are_not_greedy_cost_more() -> None:

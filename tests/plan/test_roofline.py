@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchpipe.plan.cost import StepWork
+from batchpipe.plan.cost import KvLink, StepWork
 from batchpipe.plan.geometry import KNOWN_GEOMETRIES
 from batchpipe.plan.hardware import load_hardware
 from batchpipe.plan.roofline import RooflineCost
@@ -97,6 +97,15 @@ def test_shards_divide_the_work_and_pay_for_sums() -> None:
     work = StepWork(1024, 0, 0, 0, 1024 * 1025 // 2)
     sums = 40 * 2 * (1024 * 5120 * 2 / 14.65e9 + 1e-5)
     assert shards.stage_seconds(0, work) == pytest.approx(whole.stage_seconds(0, work) / 4 + sums)
+
+
+def test_a_stages_link_carries_the_kv_of_its_layers() -> None:
+    hardware, geometry = load_hardware("4xl20"), KNOWN_GEOMETRIES["Qwen2.5-32B"]
+    stages, shards = RooflineCost.pipeline(hardware, geometry), RooflineCost.tensor_parallel(hardware, geometry)
+    assert stages.kv_links[0].load_bytes_per_second == 0.9 * 32e9
+    assert sum(link.kv_bytes_per_token for link in stages.kv_links) == geometry.kv_bytes_per_token
+    # Each of four devices has a link of its own, and a quarter of the heads.
+    assert shards.kv_links == (KvLink(4 * 0.9 * 32e9, 4 * 0.9 * 32e9, geometry.kv_bytes_per_token_layer, 64),)
 
 
 def test_few_rows_touch_few_experts() -> None:

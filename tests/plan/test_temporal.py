@@ -9,7 +9,7 @@ from batchpipe.plan.cost import StepWork
 from batchpipe.plan.planner import Planner
 from batchpipe.predict.base import Survival
 from batchpipe.types import Step
-from tests.plan.test_planner import EOS, capacity, drive, fake, request
+from tests.plan.planner_cases import EOS, capacity, drive, fake, request
 
 
 class Tiles:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from batchpipe.errors import InputError, JobError, OutputError
+from batchpipe.job.spec import InputSpec
 from batchpipe.predict import open as opening
 from batchpipe.predict.evaluate import GROUP_ROWS, evaluate, group_sum_error
 from batchpipe.predict.examples import Examples, read_examples
@@ -27,6 +28,7 @@ NUM_TOKEN_IDS = 300
 # A word that asks for a length, and the mean it then has.
 SHORT, LONG = (7, 9), (8, 9)
 MEANS = {SHORT: 20.0, LONG: 200.0}
+PROMPTS = InputSpec(path=("past",))
 
 
 def examples_of(num_rows: int, seed: int, cut_tokens: int | None = None) -> Examples:
@@ -195,14 +197,14 @@ def test_examples_of_a_jsonl_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "past.jsonl"
     rows = [{"prompt": "the dog", "out_tok": 4}, {"prompt": "", "out_tok": 4}, {"prompt": "fox", "out_tok": None}]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    examples = read_examples([path], tokenizer, prompt_column="prompt")
+    examples = read_examples([path], tokenizer, PROMPTS)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "the dog"}])
     assert [prompt.tolist() for prompt in examples.prompts] == tokenizer.encode_batch([text], add_special_tokens=False)
     assert examples.num_tokens.tolist() == [4] and examples.ended.tolist() == [True]
     with pytest.raises(InputError, match="'length'"):
-        read_examples([path], tokenizer, prompt_column="prompt", length_column="length")
+        read_examples([path], tokenizer, PROMPTS, length_column="length")
     with pytest.raises(InputError, match="'question'"):
-        read_examples([path], tokenizer, prompt_column="question")
+        read_examples([path], tokenizer, InputSpec(path=("past",), prompt_column="question"))
 
 
 def test_examples_of_output_folders(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -218,16 +220,28 @@ def test_examples_of_output_folders(tokenizer: Tokenizer, tmp_path: Path) -> Non
             }
         )
         pq.write_table(table, tmp_path / folder / "completions" / "part-00000.parquet")
-    examples = read_examples([tmp_path / "one", tmp_path / "two"], tokenizer, prompt_column="prompt")
+    examples = read_examples([tmp_path / "one", tmp_path / "two"], tokenizer, PROMPTS)
     assert examples.num_tokens.tolist() == [3, 16] * 2
     assert examples.ended.tolist() == [True, False] * 2
+
+
+def test_messages_are_the_same_as_values_and_as_json_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "dog"}, {"role": "user", "content": "fox"}]
+    columns = {"talk": [messages, messages], "completion_tokens": [3, 4]}
+    pq.write_table(pa.table(columns), tmp_path / "values.parquet")
+    columns["talk"] = [json.dumps(messages), "not of messages"]
+    pq.write_table(pa.table(columns), tmp_path / "text.parquet")
+    spec = InputSpec(path=("past",), messages_column="talk")
+    values, text = (read_examples([tmp_path / f"{name}.parquet"], tokenizer, spec) for name in ("values", "text"))
+    assert [prompt.tolist() for prompt in values.prompts] == [prompt.tolist() for prompt in text.prompts * 2]
+    assert values.num_tokens.tolist() == [3, 4] and text.num_tokens.tolist() == [3]
 
 
 def test_no_row_with_a_length_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "past.jsonl"
     path.write_text('{"prompt": "fox", "completion_tokens": null}\n')
     with pytest.raises(InputError, match="no row has both"):
-        read_examples([path], tokenizer, prompt_column="prompt")
+        read_examples([path], tokenizer, PROMPTS)
 
 
 def test_every_method_opens_what_it_says(

@@ -7,7 +7,7 @@ import pytest
 from batchpipe.errors import OutputError
 from batchpipe.report import Meter, RunMetrics, append_metrics, read_metrics
 from batchpipe.report.metrics import METRICS_SCHEMA
-from batchpipe.types import Outcome, RowStatus, StepResult
+from batchpipe.types import LinkUse, Outcome, RowStatus, StepResult
 from tests.report.run_metrics_case import RUN_METRICS
 from tests.write.completion_cases import outcomes_of, sample
 
@@ -18,8 +18,9 @@ def test_columns_are_those_of_the_contract():
         *("started_at", "ended_at", "load_seconds", "generate_seconds", "wall_seconds"),
         *("rows_total", "rows_succeeded", "rows_failed", "rows_canceled", "prompt_tokens", "completion_tokens"),
         *("output_tokens_per_second", "total_tokens_per_second", "num_stages", "num_replicas", "stage_utilization"),
-        *("phase_switches", "preemptions", "recomputed_tokens", "peak_device_blocks", "peak_host_blocks"),
-        *("host_to_device_bytes", "device_to_host_bytes", "stall_seconds"),
+        *("phase_switches", "preemptions", "recomputed_tokens", "reused_tokens"),
+        *("peak_device_blocks", "peak_host_blocks"),
+        *("host_to_device_bytes", "device_to_host_bytes", "stall_seconds", "kv_faults"),
         *("predictor_mean_absolute_error_tokens", "predictor_sum_error", "planner_seconds"),
     ]
 
@@ -34,6 +35,16 @@ def test_each_run_adds_a_row_of_fixed_types(tmp_path):
     assert first["stage_utilization"] == [0.5, 0.75] and first["revision"] is None
     assert first["started_at"] == datetime(2025, 1, 1, tzinfo=UTC)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.parquet"]
+
+
+def test_runs_of_an_older_version_stay_with_nulls_for_what_it_did_not_know(tmp_path):
+    append_metrics(tmp_path, RunMetrics(**RUN_METRICS))
+    path = tmp_path / "metrics.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["kv_faults", "reused_tokens"]), path)
+    append_metrics(tmp_path, RunMetrics(**RUN_METRICS))
+    old, new = read_metrics(tmp_path)
+    assert (old["kv_faults"], old["stall_seconds"], new["kv_faults"]) == (None, 0.0, 0)
+    assert pq.read_schema(path).equals(METRICS_SCHEMA)
 
 
 def test_rows_always_add_up():
@@ -67,9 +78,24 @@ def test_the_meter_sums_tokens_and_stage_time():
         "num_stages": 2,
         "num_replicas": 1,
         "stage_utilization": (0.75, 0.25),
+        "host_to_device_bytes": 0,
+        "device_to_host_bytes": 0,
+        "stall_seconds": 0.0,
         "predictor_mean_absolute_error_tokens": None,
         "predictor_sum_error": None,
     }
+
+
+def test_what_the_links_did_is_summed_over_stages_steps_and_replicas():
+    meter = Meter(num_stages=2, num_replicas=2)
+    for replica in range(2):
+        for _ in range(3):
+            uses = (LinkUse(0.25, 100, 10, 0.5, 0.125), LinkUse(0.5, 200, 20, 0.5, 0.125))
+            meter.add_step(StepResult(0, None, {}, (1.0, 0.5), uses), 0, 0, replica)
+    measured = meter.measured(generate_seconds=6.0)
+    assert (measured["host_to_device_bytes"], measured["device_to_host_bytes"]) == (1800, 180)
+    assert measured["stall_seconds"] == 4.5
+    assert measured["stage_utilization"] == (0.375, 0.0, 0.375, 0.0)  # a stage that waits does not compute
 
 
 def test_every_replica_has_its_own_utilization():

@@ -1,0 +1,221 @@
+"""The link between the two tiers of KV: a thread a direction, which does what may begin, the most urgent first.
+
+    compute   ──set──▶ Mark ──after──▶ Lane (host to device) ──set──▶ Mark ──wait──▶ compute
+                                       Lane (device to host)
+
+On a GPU a lane has a stream of its own: marks are events there, and "set" means that the work before it is queued, so
+neither computing nor a lane stops for the other where the GPU can wait by itself. On the CPU the threads copy.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter, sleep
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SECONDS_TO_END = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A transfer of step `step_id` that goes wrong, to see that it is found.
+
+    flipped: after the step's `number`-th new token is stored, a bit of it on the host changes. wrong_source,
+    wrong_target: the `number`-th load copies from, or to, the next block instead. late: it counts as done before it is,
+    and is copied after the step.
+    """
+
+    kind: Literal["flipped", "wrong_source", "wrong_target", "late"]
+    step_id: int
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedLink:
+    """For tests and measurements on a machine whose tiers are one memory: a link of a given speed; None: any.
+
+    What it carries is copied last, when it may arrive: no earlier, as a link would.
+    """
+
+    load_bytes_per_second: float | None = None
+    store_bytes_per_second: float | None = None
+    faults: tuple[Fault, ...] = ()
+
+
+class Mark:
+    """A moment in what the device or the link does: others wait for it, and time is measured between two.
+
+    "The current stream" is the calling thread's on the mark's device; on the CPU there is none, nor anything queued.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_set = False
+        self._device = device
+        self._seconds = 0.0
+        on_gpu = device.type == "cuda"
+        self._event: Any = torch.cuda.Event(enable_timing=True, blocking=True) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def record(self) -> None:
+        """Puts the mark behind all work so far: on a GPU behind that of the current stream."""
+        if self._event is None:
+            self._seconds = perf_counter()
+        else:
+            self._event.record(torch.cuda.current_stream(self._device))
+        self.is_set = True
+
+    def order(self) -> None:
+        """What the current stream does from now on comes after the mark, which must be set."""
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def synchronize(self) -> None:
+        """Sleeps until the GPU has come to the mark, which must be set."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    @property
+    def is_reached(self) -> bool:
+        return self.is_set and (self._event is None or bool(self._event.query()))
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Both reached."""
+        if self._event is None:
+            return self._seconds - earlier._seconds
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One piece of work of a lane. `begun` and `done` are the lane's to set.
+
+    patient: its lane waits for its end before it does the next, which then is the most urgent at that time.
+    """
+
+    work: Callable[[], None]
+    num_bytes: int
+    after: Sequence[Mark]
+    begun: Mark
+    done: Mark
+    patient: bool = True
+
+
+class Lane:
+    """One direction of the link: a thread that sleeps until something may begin."""
+
+    def __init__(self, link: Link, name: str, bytes_per_second: float | None) -> None:
+        self._link = link
+        self._bytes_per_second = bytes_per_second
+        self._busy_until = 0.0
+        self._waiting: list[tuple[tuple[int, ...], int, Transfer]] = []  # the most urgent first
+        self._numbers = itertools.count()
+        self._thread = threading.Thread(target=self._run, name=f"kv-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, transfer: Transfer, urgency: tuple[int, ...]) -> None:
+        """To be done once all of `transfer.after` is set; of what may begin, the smallest urgency first."""
+        with self._link.changed:
+            bisect.insort(self._waiting, (urgency, next(self._numbers), transfer))
+            self._link.changed.notify_all()
+
+    def join(self) -> None:
+        self._thread.join(_SECONDS_TO_END)
+        assert not self._thread.is_alive(), "a copy thread does not end"
+
+    def _run(self) -> None:
+        try:
+            streams = {patient: self._link.new_stream() for patient in (True, False)}
+            while (transfer := self._next()) is not None:
+                with torch.cuda.stream(streams[transfer.patient]):  # nothing on the CPU
+                    self._do(transfer)
+        except BaseException as error:  # raised again where the stage waits
+            self._link.fail(error)
+
+    def _next(self) -> Transfer | None:
+        """Sleeps until one may begin; None: the link is closed."""
+        with self._link.changed:
+            while not self._link.is_closed:
+                for index, (_, _, transfer) in enumerate(self._waiting):
+                    if all(mark.is_set for mark in transfer.after):
+                        del self._waiting[index]
+                        return transfer
+                self._link.changed.wait()
+                self._busy_until = max(self._busy_until, perf_counter())
+        return None
+
+    def _do(self, transfer: Transfer) -> None:
+        for mark in transfer.after:
+            mark.order()
+        transfer.begun.record()
+        if self._bytes_per_second is not None:
+            self._busy_until += transfer.num_bytes / self._bytes_per_second
+            sleep(max(0.0, self._busy_until - perf_counter()))
+        transfer.work()
+        self._link.set(transfer.done)
+        if transfer.patient:
+            transfer.done.synchronize()
+
+
+class Link:
+    """Both directions between one stage's device and its host memory. A failure of a lane is raised by `wait`."""
+
+    def __init__(self, device: torch.device, emulated: EmulatedLink | None) -> None:
+        speeds = emulated or EmulatedLink()
+        self.device = device
+        self.changed = threading.Condition()
+        self.is_closed = False
+        self._failure: BaseException | None = None
+        self.loads = Lane(self, "loads", speeds.load_bytes_per_second)
+        self.stores = Lane(self, "stores", speeds.store_bytes_per_second)
+
+    def mark(self) -> Mark:
+        return Mark(self.device)
+
+    def set(self, mark: Mark) -> None:
+        """Puts the mark behind the work of the calling thread."""
+        with self.changed:
+            mark.record()
+            self.changed.notify_all()
+
+    def wait(self, mark: Mark) -> None:
+        """What the calling thread does from now on comes after the mark."""
+        with self.changed:
+            self.changed.wait_for(lambda: mark.is_set or self._failure is not None)
+        if self._failure is not None:
+            raise self._failure
+        mark.order()
+
+    def fail(self, error: BaseException) -> None:
+        with self.changed:
+            self._failure = error
+            self.changed.notify_all()
+
+    def new_stream(self) -> torch.cuda.Stream | None:
+        """For the calling thread, which works on this link's device from now on; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.set_device(self.device)
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Ends the threads; what has not begun is not done."""
+        with self.changed:
+            self.is_closed = True
+            self.changed.notify_all()
+        self.loads.join()
+        self.stores.join()
+
+
+def copy_bytes(target: Tensor, source: Tensor) -> None:
+    """uint8, contiguous, of one size. On a GPU queued on the current stream; on the CPU by the calling thread alone."""
+    if target.is_cuda or source.is_cuda:
+        target.copy_(source, non_blocking=True)
+    else:
+        np.copyto(target.numpy(), source.numpy())
