@@ -69,7 +69,7 @@ class Replica:
 
     def submit(self) -> None:
         """Hands steps to the pipeline until it holds as many as it takes, or there are none."""
-        while self.planner.num_in_flight < self._pipeline.capacity.max_batches and (step := self._plan()):
+        while self.planner.has_room and (step := self._plan()):
             try:
                 self._pipeline.submit(step)
             except WorkerError as error:

@@ -269,6 +269,7 @@ class Capacity:
     num_host_blocks: of the second tier; 0: there is none. streams_per_block: how many streamed blocks pass through one
     device block, two layers of each at a time; 0: a stage has too few layers for that. offload: what comes back from
     the second tier: `none`, whole blocks before a step (`batch`), layers beside it (`layer`), or `both`.
+    max_prefills_ahead: so many steps that only prefill may be in flight beside the `max_batches` that circulate.
     """
 
     num_blocks: int
@@ -280,3 +281,8 @@ class Capacity:
     num_host_blocks: int = 0
     streams_per_block: int = 0
     offload: str = "none"
+    max_prefills_ahead: int = 0
+
+    @property
+    def max_in_flight(self) -> int:
+        return self.max_batches + self.max_prefills_ahead

@@ -230,6 +230,7 @@ class CurveCost:
     ) -> None:
         self.num_stages = 1 if tensor_parallel else num_cards
         self.control_seconds = control_seconds
+        self.kv_links = ()
         self._card_seconds = [
             seconds / num_cards for seconds in read_curve(data / "profiles/tdpipe_L20" / model.profile)
         ]

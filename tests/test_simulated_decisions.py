@@ -28,6 +28,7 @@ class FlatCost:
 
     num_stages = NUM_STAGES
     control_seconds = 0.0
+    kv_links = ()
 
     def stage_seconds(self, stage: int, work: StepWork) -> float:
         return 1e-3 * (1 + stage) * (1 + work.num_tokens // 16)

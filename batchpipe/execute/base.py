@@ -11,7 +11,7 @@ from batchpipe.types import Capacity, Step, StepResult
 
 
 class Pipeline(AbstractContextManager["Pipeline"], Protocol):
-    """S stages of one model copy. At most `capacity.max_batches` steps are in flight.
+    """S stages of one model copy. At most `capacity.max_in_flight` steps are in flight.
 
     A step's sequences may draw their next token only after the step before it was collected; prefill chunks of one
     sequence may follow each other at once. Leaving the context ends every process and frees all memory.

@@ -48,7 +48,7 @@ class FakePipeline:
         self._in_flight.clear()
 
     def submit(self, step: Step) -> None:
-        assert len(self._in_flight) < self.capacity.max_batches, "more steps in flight than the pipeline holds"
+        assert len(self._in_flight) < self.capacity.max_in_flight, "more steps in flight than the pipeline holds"
         self._in_flight.append(step)
 
     def ready(self) -> bool:

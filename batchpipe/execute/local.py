@@ -38,7 +38,7 @@ class LocalPipeline:
         self._stages.clear()
 
     def submit(self, step: Step) -> None:
-        assert len(self._in_flight) < self.capacity.max_batches, "more steps in flight than the pipeline holds"
+        assert len(self._in_flight) < self.capacity.max_in_flight, "more steps in flight than the pipeline holds"
         self._in_flight.append(step)
         for stage in self._stages:
             stage.announce(step)

@@ -181,7 +181,7 @@ class SimulatedPipeline:
         self._in_flight.clear()
 
     def submit(self, step: Step) -> None:
-        assert len(self._in_flight) < self.capacity.max_batches, "more steps in flight than the pipeline holds"
+        assert len(self._in_flight) < self.capacity.max_in_flight, "more steps in flight than the pipeline holds"
         assert (step.transfers is not None) == (self.capacity.num_host_blocks > 0), "transfers go with a second tier"
         work = StepWork.of_step(step)
         stage_seconds, handoff_seconds = self._stage_seconds(work), self.cost.handoff_seconds(work.num_tokens)

@@ -170,7 +170,7 @@ class Tiers:
         if turn.arrived:
             self._wait(turn, turn.arrived[layer])
             if self._verifier is not None:
-                self._verifier.look_at_streams(layer, turn.stream_slots + layer % 2)
+                self._verifier.look_at_streams(layer, turn.transfers.streams, turn.stream_slots + layer % 2)
         staged = self._staged(turn, self._staging)
         staged[:, layer, KEY] = key
         staged[:, layer, VALUE] = value

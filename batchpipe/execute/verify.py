@@ -33,7 +33,7 @@ class _Returned:
 
 
 class Verifier:
-    """One stage's. In a step: `look_at_loads`, for every layer `look_at_streams`, `stage`, then `corrupt`."""
+    """One stage's. In a step: `look_at_loads`, for every layer `look_at_streams` if it has any, `stage`, `corrupt`."""
 
     def __init__(self, stage_index: int, pool: KvPool, num_host_blocks: int, one_in: int) -> None:
         self._stage_index = stage_index
@@ -50,12 +50,15 @@ class Verifier:
         indices, expected = self._look(transfers.loads[:, 0])
         blocks = self._pool.data[self._index(transfers.loads[indices, 1])]
         self._loaded = _Returned(indices, expected, block_checks(blocks, self._weights))
-        indices, expected = self._look(transfers.streams)
-        nothing = torch.zeros((len(indices), self._pool.block_tokens), dtype=torch.int64, device=self._pool.device)
-        self._streamed = _Returned(indices, expected, nothing)
+        self._streamed = None
 
-    def look_at_streams(self, layer: int, slots: Int32Array) -> None:
-        """Once layer `layer` of all streamed blocks is in slots [V], before anything else is written there."""
+    def look_at_streams(self, layer: int, streams: Int32Array, slots: Int32Array) -> None:
+        """Once layer `layer` of all streamed host blocks [V] is in slots [V], before anything is written there."""
+        if layer == 0:
+            # What they must hold is known by now: all that was stored in them before has been.
+            indices, expected = self._look(streams)
+            nothing = torch.zeros((len(indices), self._pool.block_tokens), dtype=torch.int64, device=self._pool.device)
+            self._streamed = _Returned(indices, expected, nothing)
         assert self._streamed is not None
         blocks = self._pool.data.flatten(0, 1)[self._index(slots[self._streamed.indices])]
         self._streamed.found.add_(block_checks(blocks[:, None], self._weights[layer : layer + 1]))
@@ -72,7 +75,7 @@ class Verifier:
 
     def corrupt(self, step: Step, transfers: Transfers, units: Int32Array) -> dict[int, str]:
         """By sequence id, what was wrong with a block it used. units [V]: the device block of each streamed one."""
-        assert self._loaded is not None and self._streamed is not None
+        assert self._loaded is not None
         for block in transfers.loads[:, 1].tolist():
             self._tainted.pop(block, None)
         for index in self._loaded.wrong():
@@ -84,7 +87,7 @@ class Verifier:
                 self._tainted[target] = self._tainted[source]
         streams = {
             self._pool.num_blocks + v: self._tell(int(transfers.streams[v]), int(units[v]))
-            for v in self._streamed.wrong()
+            for v in (self._streamed.wrong() if self._streamed is not None else [])
         }
         return self._met(step, streams) if self._tainted or streams else {}
 

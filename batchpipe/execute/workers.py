@@ -88,7 +88,7 @@ class WorkerPipeline:
         return [process.pid for process in self._processes]
 
     def submit(self, step: Step) -> None:
-        assert len(self._in_flight) < self.capacity.max_batches, "more steps in flight than the pipeline holds"
+        assert len(self._in_flight) < self.capacity.max_in_flight, "more steps in flight than the pipeline holds"
         self._in_flight.append(step.step_id)
         for index, control in enumerate(self._controls):
             try:

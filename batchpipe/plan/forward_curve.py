@@ -7,10 +7,11 @@ context length, so the reading of KV by decodes is added.
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from batchpipe.errors import JobError
-from batchpipe.plan.cost import StepWork
+from batchpipe.plan.cost import KvLink, StepWork
 from batchpipe.plan.curve import Curve
 from batchpipe.plan.geometry import ModelGeometry
 from batchpipe.plan.hardware import Hardware
@@ -29,6 +30,7 @@ class ForwardCurveCost:
         self.num_stages = num_stages
         self.link = device.effective_link
         self.control_seconds = device.control_seconds
+        self.kv_links: Sequence[KvLink] = ()  # the profile is of whole models: nothing says what a stage's KV is
         self._curve = curve
         self._hidden_bytes_per_token = geometry.hidden_bytes_per_token
         self._seconds_per_context_token = geometry.kv_bytes_per_token / (

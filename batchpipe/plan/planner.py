@@ -42,6 +42,7 @@ class InFlight(NamedTuple):
     """What the planner must know of a step when its result comes."""
 
     chunks: tuple[Chunk, ...]
+    has_decodes: bool
     transfers: Transfers | None
 
 
@@ -70,6 +71,7 @@ class Planner:
         self._policy = SCHEDULES[schedule]()
         self._in_flight: dict[int, InFlight] = {}
         self._finished: list[FinishedRequest] = []
+        self._num_decoding = 0  # steps in flight with decodes
         self._prefilled_last = False
         self._next_step_id = 0
 
@@ -91,6 +93,11 @@ class Planner:
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more step may be in flight, of whatever kind."""
+        return self._num_decoding < self.capacity.max_batches and len(self._in_flight) < self.capacity.max_in_flight
 
     @property
     def num_reused_tokens(self) -> int:
@@ -139,12 +146,14 @@ class Planner:
         self._next_step_id += 1
         if whole := [chunk.sequence for chunk in prefills if chunk.samples]:
             self._residents.beginnings.learn(whole[-1])
-        self._in_flight[step.step_id] = InFlight(tuple(chunks), step.transfers)
+        self._in_flight[step.step_id] = InFlight(tuple(chunks), bool(decodes), step.transfers)
+        self._num_decoding += bool(decodes)
         return step
 
     def record(self, result: StepResult) -> None:
         """Takes a step's tokens in; whatever ends with them leaves by `take_finished`."""
-        chunks, transfers = self._in_flight.pop(result.step_id)
+        chunks, has_decodes, transfers = self._in_flight.pop(result.step_id)
+        self._num_decoding -= has_decodes
         if self.pager is not None and transfers is not None:
             self.pager.observe(transfers, result)
         token_ids: list[int] = result.token_ids.tolist()
@@ -170,6 +179,7 @@ class Planner:
         For a pipeline that was started anew and holds no KV. What was generated stays.
         """
         self._in_flight.clear()
+        self._num_decoding = 0
         for sequence in reversed(list(self.state.running.values())):
             sequence.num_in_flight = 0
             sequence.distrusted = False

@@ -71,7 +71,7 @@ def drive(planner: Planner, pipeline: FakePipeline, requests: list[Request]) -> 
     planner.add(requests)
     finished: list[FinishedRequest] = []
     while not planner.idle:
-        while planner.num_in_flight < pipeline.capacity.max_batches and (step := planner.next_step()):
+        while planner.has_room and (step := planner.next_step()):
             assert len(step.token_ids) <= pipeline.capacity.max_step_tokens
             assert len(step.sequence_ids) <= pipeline.capacity.max_batch_sequences
             pipeline.submit(step)

@@ -21,6 +21,7 @@ from tests.plan.planner_cases import capacity, drive, expected, fake, planner_fo
     schedule=st.sampled_from(sorted(SCHEDULES)),
     num_samples=st.integers(1, 3),
     num_shared=st.sampled_from([0, 9, 25]),
+    max_prefills_ahead=st.sampled_from([0, 3]),
 )
 def test_every_row_ends_once_with_its_own_text(
     lengths: list[tuple[int, int]],
@@ -31,10 +32,12 @@ def test_every_row_ends_once_with_its_own_text(
     schedule: str,
     num_samples: int,
     num_shared: int,
+    max_prefills_ahead: int,
 ) -> None:
     offered = capacity(
-        num_blocks=num_blocks, block_tokens=block_tokens, max_batches=max_batches, max_step_tokens=max_step_tokens
-    )
+        num_blocks=num_blocks, block_tokens=block_tokens, max_batches=max_batches, max_step_tokens=max_step_tokens,
+        max_prefills_ahead=max_prefills_ahead,
+    )  # fmt: skip
     requests = [request(i, p, num_shared=num_shared, max_tokens=m, n=num_samples) for i, (p, m) in enumerate(lengths)]
     pipeline, planner = fake(offered), planner_for(offered, schedule)
     finished = drive(planner, pipeline, requests)

@@ -170,12 +170,3 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match="cannot be written.*--output"):
         save_profile(PROFILE, tmp_path / "file" / "profile.yaml")
-
-
-def test_the_profile_that_comes_with_batchpipe_loads() -> None:
-    (path,) = (Path(__file__).parents[2] / "configs" / "profiles").glob("*.yaml")
-    profile = load_profile(path)
-    cost = ProfileCost(profile, [range(profile.model.num_layers)])
-    batches = [cost.stage_seconds(0, StepWork.decode(num, num * 200)) for num in (1, 16, 64, 256)]
-    assert batches == sorted(batches)
-    assert profile.held_out.median_error < 0.05
