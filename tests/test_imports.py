@@ -12,7 +12,8 @@ PACKAGE = Path(batchpipe.__file__).parent
 # The most specific prefix decides.
 RUNGS = {
     "types": 0, "errors": 0,
-    "job": 1, "tokenizer": 1, "kv.ledger": 1, "kv.prefixes": 1, "kv.residency": 1, "sample.stop": 1, "sample.detokenize": 1, "sample.rng": 1,
+    "job": 1, "tokenizer": 1, "kv.ledger": 1, "kv.prefixes": 1, "kv.residency": 1,
+    "sample.stop": 1, "sample.detokenize": 1, "sample.rng": 1,
     "model.partition": 1, "model.checkpoint": 1, "model.architectures": 1, "plan.cost": 1,
     "read": 2, "predict": 2, "plan": 2, "write": 2, "report": 2, "result": 2,
     "kv": 3, "attention": 3, "native": 3, "model": 3, "sample": 3,
