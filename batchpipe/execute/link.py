@@ -13,6 +13,7 @@ import bisect
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from time import perf_counter, sleep
 from typing import Any, Literal
@@ -20,6 +21,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+
+from batchpipe.native.build import load_kernels
+from batchpipe.types import Int32Array
 
 _SECONDS_TO_END = 30.0
 
@@ -219,3 +223,27 @@ def copy_bytes(target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
     else:
         np.copyto(target.numpy(), source.numpy())
+
+
+def copy_pieces(targets: Tensor, to: Int32Array, sources: Tensor, of: Int32Array) -> None:
+    """Piece of[i] of `sources` to place to[i] of `targets`, both uint8 [N, bytes], pieces contiguous; see `copy_bytes`."""
+    assert to.max(initial=0) < len(targets) and of.max(initial=0) < len(sources), "a piece of nowhere"
+    kernels = None if targets.is_cuda or sources.is_cuda else load_kernels()
+    if kernels is None:
+        for target, source in zip(to.tolist(), of.tolist(), strict=True):
+            copy_bytes(targets[target], sources[source])
+        return
+    target_numbers, source_numbers = to.astype(np.int64), of.astype(np.int64)
+    copy = kernels.batchpipe_copy_pieces
+    copy.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64]
+    copy.restype = None
+    copy(
+        targets.data_ptr(),
+        target_numbers.ctypes.data,
+        targets.stride(0),
+        sources.data_ptr(),
+        source_numbers.ctypes.data,
+        sources.stride(0),
+        len(target_numbers),
+        targets.shape[1],
+    )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend
-from batchpipe.execute.link import EmulatedLink, Lane, Link, Mark, Transfer, copy_bytes
+from batchpipe.execute.link import EmulatedLink, Lane, Link, Mark, Transfer, copy_bytes, copy_pieces
 from batchpipe.execute.turn import Turn
 from batchpipe.execute.verify import ONE_IN, Verifier
 from batchpipe.execute.write_through import WriteThrough
@@ -217,13 +217,12 @@ class Tiers:
     # -- by the threads of the link --------------------------------------------------------------------------------
 
     def _load(self, loads: list[tuple[int, int]]) -> None:
-        for host_block, block in loads:
-            copy_bytes(self._device_slots[block], self._host_slots[host_block])
+        pairs = np.array(loads, np.int32)
+        copy_pieces(self._device_slots.flatten(1), pairs[:, 1], self._host_slots.flatten(1), pairs[:, 0])
 
     def _stream(self, turn: Turn, layer: int) -> None:
         slots = self._device_slots.flatten(0, 1)
-        for host_block, slot in zip(turn.transfers.streams.tolist(), turn.stream_slots.tolist(), strict=True):
-            copy_bytes(slots[slot + layer % 2], self._host_slots[host_block, layer])
+        copy_pieces(slots, turn.stream_slots + layer % 2, self._host_slots[:, layer], turn.transfers.streams)
 
     def _store(self, turn: Turn) -> None:
         landed = self._staged(turn, self._landing)

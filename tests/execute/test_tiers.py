@@ -245,7 +245,7 @@ def test_a_failure_of_the_link_is_raised() -> None:
     nowhere = transfers.loads.copy()
     nowhere[0, 1] = NUM_BLOCKS
     broken = replace(steps[first], transfers=replace(transfers, loads=nowhere))
-    with open_pipeline(1, 1, kv_verify="off") as pipeline, pytest.raises(IndexError):
+    with open_pipeline(1, 1, kv_verify="off") as pipeline, pytest.raises(AssertionError):
         run(pipeline, [*steps[:first], broken])
 
 

@@ -1,0 +1,128 @@
+"""One job with all KV on the device, and with a share of that: by recomputing, and by each way of offloading.
+
+    python benchmarks/offload.py --prompts gsm8k_512.jsonl --share 0.25 --ways none layer --gigabytes-per-second 6
+
+On the CPU the link between the tiers is emulated: every byte is copied, and arrives no sooner than the link would let
+it. `--gigabytes-per-second` is of one direction. Rounds alternate between the ways; ratios are medians over rounds.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+import batchpipe
+from batchpipe.execute.link import EmulatedLink
+from batchpipe.execute.open import open_pipelines
+from batchpipe.run_job import run_job
+
+ROOT = Path(__file__).parent.parent
+KEYS = (
+    *("output_tokens_per_second", "generate_seconds", "completion_tokens", "preemptions", "recomputed_tokens"),
+    *("peak_device_blocks", "peak_host_blocks", "host_to_device_bytes", "device_to_host_bytes", "stall_seconds"),
+    *("planner_seconds", "stage_utilization", "reused_tokens", "kv_faults"),
+)
+
+
+def run_one(settings: dict[str, Any]) -> None:
+    """In a process of its own: prints the run's figures and a digest of every text."""
+    rate = settings["bytes_per_second"]
+    link = None if rate is None else EmulatedLink(rate, rate)
+    with tempfile.TemporaryDirectory() as folder:
+        job = settings["job"] | {"output": {"path": f"{folder}/output", "columns": "none"}}
+        # What the command decides for itself is given here, so that every way can be measured.
+        run_job(job, open_pipelines=partial(open_pipelines, offload=settings["offload"], link=link))
+        figures = pq.read_table(f"{folder}/output/metrics.parquet").to_pylist()[-1]
+        table = pq.read_table(f"{folder}/output/completions").sort_by([("row_index", "ascending")])
+    print(json.dumps({key: figures[key] for key in KEYS} | {"texts": table["completion"].to_pylist()}))
+
+
+def measured(job: dict[str, Any], offload: str, bytes_per_second: float | None) -> dict[str, Any]:
+    settings = json.dumps({"job": job, "offload": offload, "bytes_per_second": bytes_per_second})
+    done = subprocess.run([sys.executable, __file__, "--one", settings], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"offload {offload} ended with {done.returncode}")
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def job_of(args: argparse.Namespace, engine: dict[str, Any]) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    for override in args.set:
+        section, _, rest = override.partition(".")
+        key, _, value = rest.partition("=")
+        own.setdefault(section, {})[key] = json.loads(value) if value[:1] in "0123456789tfn[{" else value
+    job: dict[str, Any] = {
+        "model": {"name": args.model, "dtype": args.dtype},
+        "input": {"path": str(Path(args.prompts).absolute()), "limit": args.rows},
+        "sampling": {"max_tokens": args.max_tokens},
+        "engine": {"num_stages": args.num_stages, "kv_verify": args.verify} | engine,
+    }
+    return {section: job.get(section, {}) | own.get(section, {}) for section in job | own}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--prompts", default=str(ROOT / "jobs" / "quickstart.jsonl"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--num-stages", type=int, default=1)
+    parser.add_argument("--share", type=float, default=0.25, help="of the KV that the job needs at its peak")
+    parser.add_argument("--block-bytes", type=int, required="--one" not in sys.argv, help="of a KV block of one stage")
+    parser.add_argument("--host-memory", default="8GiB")
+    parser.add_argument("--ways", nargs="+", default=["none", "layer"])
+    parser.add_argument("--gigabytes-per-second", type=float, help="of the emulated link; as fast as it goes if left out")
+    parser.add_argument("--verify", default="off")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], help="a further override of the job, section.key=value")
+    args = parser.parse_args()
+    if args.one:
+        run_one(json.loads(args.one))
+        return
+    rate = None if args.gigabytes_per_second is None else args.gigabytes_per_second * 1e9
+    runs: dict[str, list[dict[str, Any]]] = {"resident": [], **{way: [] for way in args.ways}}
+    num_equal: dict[str, list[int]] = {way: [] for way in args.ways}
+    for _ in range(args.rounds):
+        whole = measured(job_of(args, {}), "none", None)
+        texts = whole.pop("texts")
+        runs["resident"].append(whole)
+        print("resident", json.dumps(whole), file=sys.stderr, flush=True)
+        device_bytes = int(args.share * whole["peak_device_blocks"]) * args.block_bytes
+        for way in args.ways:
+            host_memory = 0 if way == "none" else args.host_memory
+            engine = {"kv_device_memory": device_bytes, "kv_host_memory": host_memory, "offload": way}
+            figures = measured(job_of(args, engine), way, rate)
+            num_equal[way].append(sum(a == b for a, b in zip(texts, figures.pop("texts"), strict=True)))
+            runs[way].append(figures)
+            print(way, json.dumps(figures), file=sys.stderr, flush=True)
+
+    def ratio(first: str, second: str) -> float:
+        pairs = zip(runs[first], runs[second], strict=True)
+        return statistics.median(a["output_tokens_per_second"] / b["output_tokens_per_second"] for a, b in pairs)
+
+    summary = {
+        "settings": vars(args),
+        "version": batchpipe.__version__,
+        "over_resident": {way: ratio(way, "resident") for way in args.ways},
+        "over_none": {way: ratio(way, "none") for way in args.ways} if "none" in args.ways else None,
+        "equal_texts": num_equal,
+        "num_rows": len(texts),
+    }
+    print(json.dumps(summary | runs))
+
+
+if __name__ == "__main__":
+    main()
