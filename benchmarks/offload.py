@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--block-bytes", type=int, required="--one" not in sys.argv, help="of a KV block of one stage")
     parser.add_argument("--host-memory", default="8GiB")
     parser.add_argument("--ways", nargs="+", default=["none", "layer"])
-    parser.add_argument("--gigabytes-per-second", type=float, help="of the emulated link; as fast as it goes if left out")
+    parser.add_argument(
+        "--gigabytes-per-second", type=float, help="of the emulated link; as fast as it goes if left out"
+    )
     parser.add_argument("--verify", default="off")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], help="a further override of the job, section.key=value")

@@ -44,6 +44,8 @@ MAX_STEP_TOKENS = {"hybrid": 512}
 WHOLE_PROMPTS_TOKENS = 2048
 BLOCK_TOKENS = 16
 MAX_SEQUENCES = 256
+# TD-Pipe's driver submits the prefills of a phase without waiting for their results.
+PREFILLS_AHEAD = 64
 # Between a step's last stage and the next step of the same sequences, where nothing hides it.
 CONTROL_SECONDS = 3e-3
 
@@ -68,6 +70,7 @@ def replay(data: Path, model: str, system: str, trace: str, num_requests: int, s
         max_batches=cost.num_stages // num_engines,
         max_step_tokens=MAX_STEP_TOKENS.get(schedule, WHOLE_PROMPTS_TOKENS),
         max_batch_sequences=MAX_SEQUENCES,
+        max_prefills_ahead=PREFILLS_AHEAD if cut == "pipeline" else 0,
     )
     started = perf_counter()
     stages = SimulatedStages(cost.num_stages)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from batchpipe.errors import MemoryLimitError
-from batchpipe.execute.memory import StageMemory, check_host_memory, gib, num_kv_blocks
+from batchpipe.execute.memory import NUM_STAGING_BUFFERS, StageMemory, check_host_memory, gib, num_kv_blocks
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo
 from batchpipe.types import Capacity
@@ -83,6 +83,13 @@ def kv_blocks(
     holds less than the device.
     """
     host_bytes = engine.kv_host_memory if with_host else 0
+    if with_host and layout.device == "cuda":
+        # What a step computes waits in a buffer on the device until the host has it.
+        staged_tokens = NUM_STAGING_BUFFERS * max_step_tokens(engine, layout)
+        stages = [
+            replace(s, free_bytes=max(0, s.free_bytes - staged_tokens * s.bytes_per_block // s.block_tokens))
+            for s in stages
+        ]
     # Stages on the CPU share one memory, and their second tier stands in it too; every GPU has its own.
     num_sharers = layout.num_pools if layout.device == "cpu" else 1
     requested = None if engine.kv_device_memory == "auto" else engine.kv_device_memory

@@ -226,7 +226,7 @@ def copy_bytes(target: Tensor, source: Tensor) -> None:
 
 
 def copy_pieces(targets: Tensor, to: Int32Array, sources: Tensor, of: Int32Array) -> None:
-    """Piece of[i] of `sources` to place to[i] of `targets`, both uint8 [N, bytes], pieces contiguous; see `copy_bytes`."""
+    """Piece of[i] of `sources` to place to[i] of `targets`, uint8 [N, bytes], pieces contiguous; see `copy_bytes`."""
     assert to.max(initial=0) < len(targets) and of.max(initial=0) < len(sources), "a piece of nowhere"
     kernels = None if targets.is_cuda or sources.is_cuda else load_kernels()
     if kernels is None:

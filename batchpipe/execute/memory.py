@@ -14,6 +14,8 @@ from batchpipe.errors import MemoryLimitError
 
 # Of what is free once the weights are loaded; the rest is for activations and for the other programs of the machine.
 AUTO_SHARE = {"cpu": 0.5, "cuda": 0.9}
+# For new KV on its way to the host: one step's is written while another's leaves.
+NUM_STAGING_BUFFERS = 2
 _GIB = 2**30
 _NO_LIMIT_BYTES = 1 << 60  # version 1 writes a number for "none"
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend
 from batchpipe.execute.link import EmulatedLink, Lane, Link, Mark, Transfer, copy_bytes, copy_pieces
+from batchpipe.execute.memory import NUM_STAGING_BUFFERS
 from batchpipe.execute.turn import Turn
 from batchpipe.execute.verify import ONE_IN, Verifier
 from batchpipe.execute.write_through import WriteThrough
@@ -31,7 +32,6 @@ from batchpipe.types import Int32Array, LinkUse, Step
 
 # Of loads at once: they give way to streams between two such pieces.
 PIECE_BYTES = 4 << 20
-NUM_STAGING_BUFFERS = 2
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16
 
 
@@ -114,6 +114,10 @@ class Tiers:
         turn = self._turns[self._num_computed]
         if self._verifier is not None:
             turn.checks = self._verifier.stage(self._staged(turn, self._staging), turn.host_blocks)
+            if self._verifier.looks_at_reads:
+                if (before := self._turns.get(turn.number - 1)) is not None:
+                    self._link.wait(before.stored)
+                self._verifier.look_at_reads(turn.step, turn.transfers)
         self._link.set(turn.computed)
         self._turns.pop(turn.number - NUM_STAGING_BUFFERS, None)
         self._num_computed += 1

@@ -1,6 +1,7 @@
 """Holds what comes back from the host against what went there, and names the sequences that met something else.
 
 A device block that a load filled wrongly stays tainted until another load fills it or a sequence begins it anew.
+Where all is looked at, what a step read is held against the host's after it too: KV may be overwritten where it stands.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from batchpipe.types import Int32Array, Step, Transfers
 
 # Of how many host blocks one is looked at, by `engine.kv_verify`.
 ONE_IN = {"off": 0, "sample": 32, "all": 1}
+# Blocks at a time: looking at them makes a copy.
+_READ_BLOCKS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +36,19 @@ class _Returned:
 
 
 class Verifier:
-    """One stage's. In a step: `look_at_loads`, for every layer `look_at_streams` if it has any, `stage`, `corrupt`."""
+    """One stage's. In a step: `look_at_loads`, for every layer `look_at_streams` if it has any, `stage`,
+    `look_at_reads` if it `looks_at_reads`, `corrupt`.
+    """
 
     def __init__(self, stage_index: int, pool: KvPool, num_host_blocks: int, one_in: int) -> None:
         self._stage_index = stage_index
         self._pool = pool
         self._one_in = one_in
+        self.looks_at_reads = one_in == 1
         self._weights = row_weights(pool.num_layers, pool.num_kv_heads, pool.device)
         self._on_host = HostChecks(num_host_blocks, pool.block_tokens)
         self._tainted: dict[int, str] = {}  # by device block, what is wrong
+        self._overwritten: dict[int, str] = {}  # of the blocks that the step read
         self._loaded: _Returned | None = None
         self._streamed: _Returned | None = None
 
@@ -63,6 +70,28 @@ class Verifier:
         blocks = self._pool.data.flatten(0, 1)[self._index(slots[self._streamed.indices])]
         self._streamed.found.add_(block_checks(blocks[:, None], self._weights[layer : layer + 1]))
 
+    def look_at_reads(self, step: Step, transfers: Transfers) -> None:
+        """Once the step is computed and all that was computed before it is on the host, before anything else moves."""
+        num_context = step.context_lengths[:, None] - self._pool.block_tokens * np.arange(step.block_tables.shape[1])
+        rows, columns = np.nonzero((num_context > 0) & (step.block_tables < self._pool.num_blocks))
+        # Of a block that several sequences read, what the one reads that reads most.
+        longest = np.argsort(-num_context[rows, columns], kind="stable")
+        rows, columns = rows[longest], columns[longest]
+        blocks, firsts = np.unique(step.block_tables[rows, columns], return_index=True)
+        rows, columns = rows[firsts], columns[firsts]
+        host_blocks = transfers.host_tables[rows, columns]
+        copied_from = dict(transfers.host_copies[:, ::-1].tolist())  # the host copies after the step
+        holding = np.array([copied_from.get(block, block) for block in host_blocks.tolist()], np.int32)
+        self._overwritten.clear()
+        for first in range(0, len(blocks), _READ_BLOCKS):
+            part = slice(first, first + _READ_BLOCKS)
+            expected = self._on_host.look(holding[part])
+            expected.known[np.arange(self._pool.block_tokens) >= num_context[rows[part], columns[part], None]] = False
+            found = block_checks(self._pool.data[self._index(blocks[part])], self._weights)
+            for index in (first + np.flatnonzero(expected.differ(found.cpu().numpy()))).tolist():
+                block, host_block = int(blocks[index]), int(host_blocks[index])
+                self._overwritten[block] = self._tell(host_block, block, "was overwritten in")
+
     def stage(self, tokens: Tensor, host_blocks: Int32Array) -> Tensor:
         """Checks of those of a step's new tokens [T, L, 2, H, D] that are looked at, where they are computed."""
         return token_checks(tokens[self._index(self._looked_at(host_blocks))], self._weights)
@@ -80,13 +109,14 @@ class Verifier:
             self._tainted.pop(block, None)
         for index in self._loaded.wrong():
             host_block, block = transfers.loads[index].tolist()
-            self._tainted[block] = self._tell(host_block, block)
+            self._tainted[block] = self._tell(host_block, block, "came back changed to")
         for source, target in step.copied_blocks.tolist():
             self._tainted.pop(target, None)
             if source in self._tainted:
                 self._tainted[target] = self._tainted[source]
+        self._tainted = self._overwritten | self._tainted
         streams = {
-            self._pool.num_blocks + v: self._tell(int(transfers.streams[v]), int(units[v]))
+            self._pool.num_blocks + v: self._tell(int(transfers.streams[v]), int(units[v]), "came back changed to")
             for v in (self._streamed.wrong() if self._streamed is not None else [])
         }
         return self._met(step, streams) if self._tainted or streams else {}
@@ -107,9 +137,8 @@ class Verifier:
             if block in wrong
         }
 
-    def _tell(self, host_block: int, block: int) -> str:
-        came_back = f"host block {host_block} came back to device block {block}"
-        return f"stage {self._stage_index}: {came_back} with another content"
+    def _tell(self, host_block: int, block: int, what: str) -> str:
+        return f"stage {self._stage_index}: the KV of host block {host_block} {what} device block {block}"
 
     def _looked_at(self, host_blocks: Int32Array) -> Int32Array:
         """Indices of those that are."""

@@ -131,6 +131,11 @@ class Residency:
         self._lent += [(step, block) for block in blocks]
         return blocks
 
+    def take_back(self) -> None:
+        """The step that blocks were lent for is not made: they are as cold as they were."""
+        self._free += [block for _, block in self._lent]
+        self._lent.clear()
+
     def _give_back(self, last_step: int, block: int) -> None:
         if last_step <= self._cold_step:
             self._free.append(block)

@@ -23,6 +23,8 @@ GROWTH = 2
 _RATE_STEPS = 5
 # Of a budget, how far from it a step may load and still tell by its stall whether the budget is right.
 _NEAR = 0.25
+# A stall as long as this part of the loads: nothing ran beside them, so it does not tell whether they were too many.
+_ALONE = 0.9
 # Of a step, the longest stall that is felt: the rate, not the factor, has to follow a link that became slow.
 _FELT = 0.1
 
@@ -75,7 +77,7 @@ class LoadBudget:
             return
         self._rates.append(loaded_blocks / load_seconds)
         self._most_loaded_blocks = max(self._most_loaded_blocks, loaded_blocks)
+        stall_seconds = max(use.stall_seconds for use in link_uses)
         # Far more than the budget stalls and far less does not; neither tells whether the budget is right.
-        if abs(loaded_blocks / self.blocks(seconds) - 1) <= _NEAR:
-            stall_seconds = max(use.stall_seconds for use in link_uses)
+        if stall_seconds < _ALONE * load_seconds and abs(loaded_blocks / self.blocks(seconds) - 1) <= _NEAR:
             self._feedback.observe(min(stall_seconds, _FELT * seconds), seconds)

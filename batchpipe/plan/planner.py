@@ -9,7 +9,6 @@ computed again later (preemption by recompute), so the oldest sequence always go
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -35,8 +34,6 @@ from batchpipe.types import (
     Transfers,
 )
 
-logger = logging.getLogger(__name__)
-
 
 class InFlight(NamedTuple):
     """What the planner must know of a step when its result comes."""
@@ -44,6 +41,7 @@ class InFlight(NamedTuple):
     chunks: tuple[Chunk, ...]
     has_decodes: bool
     transfers: Transfers | None
+    first_admission: int  # of the sequences that were admitted for this step or later
 
 
 class Planner:
@@ -62,9 +60,6 @@ class Planner:
         self.ledger = BlockLedger(capacity.num_host_blocks or capacity.num_blocks, capacity.block_tokens)
         self.state = State(capacity, self.ledger, cost=cost)
         self.pager = Pager(self.state) if capacity.num_host_blocks else None
-        self.num_preemptions = 0
-        self.num_recomputed_tokens = 0
-        self.num_corrupt = 0  # times that a sequence's KV came back from the host with another content
         self.num_phase_switches = 0  # from steps that prefill to steps that only decode, and back
         self._arrivals = Arrivals(eos_token_ids, stream_of, matcher_of)
         self._residents = Residents(self.state, self.pager)
@@ -100,6 +95,19 @@ class Planner:
         return self._num_decoding < self.capacity.max_batches and len(self._in_flight) < self.capacity.max_in_flight
 
     @property
+    def num_preemptions(self) -> int:
+        return self._residents.num_preemptions
+
+    @property
+    def num_recomputed_tokens(self) -> int:
+        return self._residents.num_recomputed_tokens
+
+    @property
+    def num_corrupt(self) -> int:
+        """Times that a sequence's KV came back from the host with another content."""
+        return self._residents.num_corrupt
+
+    @property
     def num_reused_tokens(self) -> int:
         """Prompt tokens that were not computed, as another sequence that begins alike had their KV."""
         return self._residents.num_reused_tokens
@@ -128,6 +136,7 @@ class Planner:
 
     def next_step(self) -> Step | None:
         """The next step to submit, or None where a result, or more requests, must come first."""
+        first_admission = self._residents.next_admission
         if self.pager is not None:
             self.pager.begin_step(self._next_step_id, idle=not self._in_flight)
         shape = self._policy.choose(self.state)
@@ -135,6 +144,8 @@ class Planner:
         prefills = self._take_prefills(shape.num_prefill_tokens, len(decodes))
         if not decodes and not prefills and not self._in_flight:
             self._fail_what_cannot_fit()
+            if self.pager is not None:
+                self.pager.begin_step(self._next_step_id, idle=True)
             decodes = self._take_decodes(self.capacity.max_batch_sequences, 0) or self._take_oldest()
             prefills = [] if decodes else self._take_prefills(self.capacity.max_step_tokens, 0)
         chunks = decodes + prefills
@@ -146,13 +157,13 @@ class Planner:
         self._next_step_id += 1
         if whole := [chunk.sequence for chunk in prefills if chunk.samples]:
             self._residents.beginnings.learn(whole[-1])
-        self._in_flight[step.step_id] = InFlight(tuple(chunks), bool(decodes), step.transfers)
+        self._in_flight[step.step_id] = InFlight(tuple(chunks), bool(decodes), step.transfers, first_admission)
         self._num_decoding += bool(decodes)
         return step
 
     def record(self, result: StepResult) -> None:
         """Takes a step's tokens in; whatever ends with them leaves by `take_finished`."""
-        chunks, has_decodes, transfers = self._in_flight.pop(result.step_id)
+        chunks, has_decodes, transfers, first_admission = self._in_flight.pop(result.step_id)
         self._num_decoding -= has_decodes
         if self.pager is not None and transfers is not None:
             self.pager.observe(transfers, result)
@@ -163,8 +174,10 @@ class Planner:
             sequence.num_in_flight -= 1
             token_id = token_ids[position] if chunk.samples else None
             position += chunk.samples
-            if sequence.distrusted or sequence.sequence_id in result.corrupt:
-                self._distrust(sequence, result)
+            if found := result.corrupt.get(sequence.sequence_id):
+                self._residents.find_corrupt(sequence, found, first_admission)
+            if found or sequence.distrusted:
+                self._residents.retract(sequence)
                 continue
             if token_id is None:
                 continue
@@ -183,7 +196,7 @@ class Planner:
         for sequence in reversed(list(self.state.running.values())):
             sequence.num_in_flight = 0
             sequence.distrusted = False
-            self._preempt(sequence)
+            self._residents.preempt(sequence)
         self.ledger.forget_prefixes()
         self._residents.forget_news()
 
@@ -274,28 +287,10 @@ class Planner:
                 self._fail(sequence, self._capacity_message(sequence))
                 return False
             victim = next(s for s in reversed(self.state.running.values()) if s.num_in_flight == 0)
-            self._preempt(victim)
+            self._residents.preempt(victim)
             if victim is sequence:
                 return False
         return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.num_preemptions += 1
-        self.num_recomputed_tokens += sequence.num_scheduled
-        self._residents.leave(sequence)
-        sequence.num_scheduled = 0
-        self.state.waiting.put_back(sequence)
-
-    def _distrust(self, sequence: Sequence, result: StepResult) -> None:
-        """Its KV is not what was written: nobody shares it any more, and it is computed anew once no step has it."""
-        if not sequence.distrusted:
-            self.num_corrupt += 1
-            found = result.corrupt[sequence.sequence_id]
-            logger.warning("%s; row %s is computed again", found, sequence.group.request.key.row_id)
-        sequence.distrusted = sequence.num_in_flight > 0
-        self.ledger.distrust(sequence.sequence_id)
-        if sequence.num_in_flight == 0:
-            self._preempt(sequence)
 
     # -- how a sequence ends -------------------------------------------------------------------------------------
 

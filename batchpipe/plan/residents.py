@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from batchpipe.plan.beginnings import Beginnings
 from batchpipe.plan.pager import Pager
 from batchpipe.plan.sequence import Sequence
 from batchpipe.plan.state import State
 from batchpipe.plan.step_builder import BlockTables, Chunk, build_step
 from batchpipe.types import Step
+
+logger = logging.getLogger(__name__)
 
 
 class Residents:
@@ -24,8 +28,11 @@ class Residents:
         self.released: list[int] = []
         self.copied_blocks: list[tuple[int, int]] = []
         self.num_reused_tokens = 0
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+        self.num_corrupt = 0
         self._pager = pager
-        self._next_admission = 0
+        self.next_admission = 0
 
     def admit(self) -> bool:
         """Moves the first waiting sequence to prefilling, with blocks for all its tokens, of which there is room.
@@ -46,14 +53,15 @@ class Residents:
         sequence.num_shared_tokens = sequence.num_scheduled = len(shared) * ledger.block_tokens
         sequence.slot = self.tables.take_slot()
         self.tables.append(sequence.slot, 0, blocks)
-        sequence.admission = self._next_admission
-        self._next_admission += 1
+        sequence.admission = self.next_admission
+        self.next_admission += 1
         state.running[sequence.sequence_id] = sequence
         state.context_tokens += sequence.num_tokens
         self.started.append(sequence)
         state.prefilling.append(sequence)
         self._copy_beginning(sequence, blocks)
-        self.num_reused_tokens += sequence.num_scheduled
+        sequence.num_reused_tokens = sequence.num_scheduled
+        self.num_reused_tokens += sequence.num_reused_tokens
         return True
 
     def grow(self, sequence: Sequence) -> bool:
@@ -88,6 +96,36 @@ class Residents:
         else:
             self.released.append(sequence.sequence_id)
 
+    def preempt(self, sequence: Sequence) -> None:
+        """It loses its KV, keeps what it generated, and waits at the head of the line."""
+        self.num_preemptions += 1
+        self.num_recomputed_tokens += sequence.num_scheduled
+        self.leave(sequence)
+        sequence.num_scheduled = 0
+        self.state.waiting.put_back(sequence)
+
+    def find_corrupt(self, sequence: Sequence, found: str, first_admission: int) -> None:
+        """A step computed with KV that is not what was written. Nobody shares the sequence's blocks any more, and who
+        was admitted since may have shared, or copied, what the step computed.
+        """
+        self.num_corrupt += 1
+        logger.warning("%s; row %s is computed again", found, sequence.group.request.key.row_id)
+        sequence.distrusted = True
+        for other in list(self.state.running.values()):
+            if other.admission >= first_admission and other.num_reused_tokens > 0:
+                other.distrusted = True
+        for other in [other for other in self.state.running.values() if other.distrusted]:
+            self.state.ledger.distrust(other.sequence_id)
+            self.retract(other)
+
+    def retract(self, sequence: Sequence) -> None:
+        """A distrusted sequence is computed again, once no step has it; until then it gets no further."""
+        if sequence in self.state.prefilling:
+            self.state.prefilling.remove(sequence)
+        if sequence.num_in_flight == 0 and sequence.sequence_id in self.state.running:
+            sequence.distrusted = False
+            self.preempt(sequence)
+
     def forget_news(self) -> None:
         """The stages know nothing any more."""
         self.started, self.released, self.copied_blocks = [], [], []
@@ -111,6 +149,8 @@ class Residents:
         if found is None:
             return
         donor, num_alike = found
+        if donor.distrusted:
+            return
         if self._pager is not None and not self._pager.lends(donor):
             return
         first = sequence.num_scheduled // self.state.ledger.block_tokens

@@ -62,6 +62,7 @@ class Sequence:
     admission: int = -1
     room_tokens: int = 0  # what its blocks hold
     num_shared_tokens: int = 0  # whose blocks it shares with others
+    num_reused_tokens: int = 0  # whose KV it had when it was admitted
     num_scheduled: int = 0
     last_step: int = -1  # the last one that it is part of
     num_in_flight: int = 0

@@ -266,7 +266,9 @@ def test_a_load_that_goes_wrong_is_found(kind: str, num_stages: int, max_batches
     link = EmulatedLink(faults=(Fault(kind, step.step_id),))  # type: ignore[arg-type]
     with open_pipeline(num_stages, max_batches, attention="cpu", link=link) as pipeline:
         results = run(pipeline, steps[: step.step_id + 1])
-    assert not any(result.corrupt for result in results[:-1])
+    assert not any(result.corrupt for result in results[:-2])
+    # What goes to the wrong place, beside the step before, may meet a block that this one reads.
+    assert kind == "wrong_target" or not results[-2].corrupt
     users = {
         sequence_id
         for sequence_id, table, n in zip(
@@ -274,7 +276,7 @@ def test_a_load_that_goes_wrong_is_found(kind: str, num_stages: int, max_batches
         )
         if block in table[: -(-n // BLOCK_TOKENS)]
     }
-    message = f"stage 0: host block {host_block} came back to device block {block} with another content"
+    message = f"stage 0: the KV of host block {host_block} came back changed to device block {block}"
     assert {i: text for i, text in results[-1].corrupt.items() if i in users} == dict.fromkeys(users, message)
     assert users
 
