@@ -187,11 +187,12 @@ def other_machine(name: str, engine: EngineSpec, info: ModelInfo) -> Machine:
 
 
 def run_cost(engine: EngineSpec, info: ModelInfo, model_name: str) -> LiveCost | None:
-    """What a run's planner takes step times from, corrected as it goes; None for one stage, which asks for none, and
-    for devices of which nothing is known: their steps are taken to be as long as their tokens are many.
+    """What a run's planner takes step times from, corrected as it goes; None for one stage with one tier of KV, which
+    asks for none, and for devices of which nothing is known: their steps are taken to be as long as their tokens are
+    many.
     """
     layout = resolve_layout(engine, info, resolve_device(engine))
-    if layout.num_stages == 1:
+    if layout.num_stages == 1 and engine.kv_host_memory == 0:
         return None
     name = _device_name(layout)
     profile = find_profile(model_name, name, info.dtype)

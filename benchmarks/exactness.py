@@ -1,9 +1,10 @@
-"""Greedy float32 tokens of real prompts against `transformers.generate`, for stages, block sizes and preemption.
+"""Greedy float32 tokens of real prompts against `transformers.generate`, whatever their KV goes through.
 
     python benchmarks/exactness.py --model MODEL_DIR --prompts a.jsonl b.jsonl --rows 64
 
-Every prompt is generated alone by transformers; then all of them at once by batchpipe, in several settings. A setting
-whose KV is too small for all rows must preempt. The last line is JSON; the exit code is 1 where a token differs.
+Every prompt is generated alone by transformers; then all of them at once by batchpipe, in several settings: stages,
+block sizes, and a part of the KV they need at their peak on the device. The rest is computed again, or is on the host,
+where all that comes back is verified. The last line is JSON; the exit code is 1 where a token differs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -23,18 +25,39 @@ from transformers import AutoModelForCausalLM
 from batchpipe.engine import Engine
 from batchpipe.execute.local import LocalPipeline
 from batchpipe.execute.memory import StageMemory
-from batchpipe.execute.open import stage_specs
+from batchpipe.execute.open import stage_layers, stage_specs
 from batchpipe.job.sampling import Sampling
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo, describe_model
+from batchpipe.plan.planner import Planner
 from batchpipe.tokenizer import load_tokenizer
 from batchpipe.types import Capacity, Carried, Request, RowKey
 
 NO_COLUMNS = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
 STEP_TOKENS = 512
 BATCH_SEQUENCES = 64
-# Stages, tokens a block, tokens of KV in all; the last two hold a part of the rows only and preempt.
-SETTINGS = [(1, 64, 100_000), (2, 16, 100_000), (3, 1, 100_000), (1, 16, 6_000), (3, 16, 6_000)]
+RESIDENT_TOKENS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """percent: on the device, of the blocks that the rows use where nothing is short; offload as in `Capacity`."""
+
+    num_stages: int
+    block_tokens: int
+    percent: int = 100
+    offload: str = "none"
+
+
+RESIDENT = [Setting(1, 64), Setting(2, 16), Setting(3, 1), Setting(1, 16), Setting(3, 16), Setting(4, 16)]
+SHORT = [Setting(stages, 16, 25) for stages in (1, 3)] + [
+    Setting(stages, 16, percent, offload)
+    for stages, percent, offload in (
+        *((1, percent, offload) for percent in (100, 50, 25, 10) for offload in ("batch", "layer")),
+        *((2, percent, offload) for percent in (50, 10) for offload in ("batch", "both")),
+        *((4, percent, offload) for percent in (25, 10) for offload in ("batch", "layer", "both")),
+    )
+]
 
 
 def expected_tokens(folder: Path, prompts: Sequence[list[int]], num_new_tokens: int) -> list[list[int]]:
@@ -51,26 +74,33 @@ def expected_tokens(folder: Path, prompts: Sequence[list[int]], num_new_tokens: 
 
 
 def own_tokens(
-    info: ModelInfo, prompts: Sequence[list[int]], num_new_tokens: int, setting: tuple[int, int, int]
-) -> tuple[list[list[int]], int]:
-    """The tokens of every prompt, and how many preemptions there were."""
-    num_stages, block_tokens, num_kv_tokens = setting
+    info: ModelInfo, prompts: Sequence[list[int]], num_new_tokens: int, setting: Setting, num_blocks: int
+) -> tuple[list[list[int]], Planner]:
+    """The tokens of every prompt, and the planner as it was left."""
+    with_host = setting.offload != "none"
     engine_spec = EngineSpec(
-        device="cpu", block_tokens=block_tokens, max_step_tokens=STEP_TOKENS, max_batch_sequences=BATCH_SEQUENCES
+        device="cpu",
+        block_tokens=setting.block_tokens,
+        max_step_tokens=STEP_TOKENS,
+        max_batch_sequences=BATCH_SEQUENCES,
+        kv_verify="all",
     )
 
     def capacity_of(stages: Sequence[StageMemory]) -> Capacity:
         return Capacity(
-            num_blocks=num_kv_tokens // block_tokens,
-            block_tokens=block_tokens,
-            num_stages=num_stages,
-            max_batches=num_stages,
+            num_blocks=num_blocks,
+            block_tokens=setting.block_tokens,
+            num_stages=setting.num_stages,
+            max_batches=setting.num_stages + (setting.offload in ("batch", "both")),
             max_step_tokens=STEP_TOKENS,
             max_batch_sequences=BATCH_SEQUENCES,
+            num_host_blocks=RESIDENT_TOKENS // setting.block_tokens if with_host else 0,
+            streams_per_block=min(map(len, stage_layers(info, setting.num_stages))) // 2,
+            offload=setting.offload,
         )
 
     sampling = Sampling(max_tokens=num_new_tokens, temperature=0.0).params()
-    with LocalPipeline(stage_specs(engine_spec, info, "cpu", num_stages), capacity_of) as pipeline:
+    with LocalPipeline(stage_specs(engine_spec, info, "cpu", setting.num_stages), capacity_of) as pipeline:
         engine = Engine([pipeline], "hybrid", frozenset(info.eos_token_ids), lambda params: None)
         engine.add(
             Request(RowKey(i, str(i), Carried(NO_COLUMNS, 0)), np.array(prompt, np.int32), sampling)
@@ -80,8 +110,7 @@ def own_tokens(
         while not engine.idle:
             finished += engine.advance()
     finished.sort(key=lambda end: end.request.key.index)
-    num_preemptions = engine.replicas[0].planner.num_preemptions
-    return [list(end.completions[0].token_ids) for end in finished], num_preemptions
+    return [list(end.completions[0].token_ids) for end in finished], engine.replicas[0].planner
 
 
 def main() -> None:
@@ -101,17 +130,31 @@ def main() -> None:
     info = describe_model(args.model, "float32")
     expected = expected_tokens(args.model, prompts, args.max_tokens)
     results = []
-    for setting in SETTINGS:
-        tokens, num_preemptions = own_tokens(info, prompts, args.max_tokens, setting)
+    needed_blocks: dict[tuple[int, int], int] = {}  # by stages and block size
+    for setting in RESIDENT + SHORT:
+        kind = setting.num_stages, setting.block_tokens
+        num_blocks = RESIDENT_TOKENS // setting.block_tokens
+        if setting in SHORT:
+            num_blocks = needed_blocks[
+                min(needed_blocks, key=lambda known: (known[1] != kind[1], abs(known[0] - kind[0])))
+            ]
+            num_blocks = num_blocks * setting.percent // 100
+        tokens, planner = own_tokens(info, prompts, args.max_tokens, setting, num_blocks)
+        if setting in RESIDENT:
+            needed_blocks[kind] = planner.peak_device_blocks
         num_equal = sum(own == theirs for own, theirs in zip(tokens, expected, strict=True))
-        keys = ("num_stages", "block_tokens", "kv_tokens")
-        results.append(
-            dict(zip(keys, setting, strict=True))
-            | {"rows": len(prompts), "equal": num_equal, "preemptions": num_preemptions}
-        )
+        figures = {
+            "device_blocks": planner.peak_device_blocks,
+            "host_blocks": planner.peak_host_blocks,
+            "rows": len(prompts),
+            "equal": num_equal,
+            "preemptions": planner.num_preemptions,
+            "kv_faults": planner.num_corrupt,
+        }
+        results.append(asdict(setting) | figures)
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     print(json.dumps(results))
-    sys.exit(any(result["equal"] != result["rows"] for result in results))
+    sys.exit(any(result["equal"] != result["rows"] or result["kv_faults"] for result in results))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,10 @@ class EngineSpec(v.Section):
     block_tokens: Annotated[v.BlockTokens, Field(description="Tokens of a KV block.")] = "auto"
     kv_verify: Annotated[
         Literal["off", "sample", "all"],
-        Field(description="Checksums on KV that comes back from host memory: on none, on some of it, on all of it."),
+        Field(
+            description="Checksums on KV with host memory: none; of one in 32 blocks that come back; of all of them, "
+            "and of all KV that a step read."
+        ),
     ] = "off"
     max_batch_sequences: Annotated[v.AutoCount, Field(description="Sequences that one step may hold.")] = "auto"
     max_step_tokens: Annotated[v.AutoCount, Field(description="New tokens that one step may hold.")] = "auto"

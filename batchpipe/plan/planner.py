@@ -16,6 +16,7 @@ from typing import NamedTuple
 from batchpipe.kv.ledger import BlockLedger
 from batchpipe.plan.arrivals import Arrivals
 from batchpipe.plan.cost import CostModel
+from batchpipe.plan.endings import Endings
 from batchpipe.plan.pager import Pager
 from batchpipe.plan.residents import Residents
 from batchpipe.plan.schedules import SCHEDULES
@@ -24,8 +25,6 @@ from batchpipe.plan.state import State
 from batchpipe.plan.step_builder import Chunk
 from batchpipe.types import (
     Capacity,
-    Completion,
-    ErrorCode,
     FinishedRequest,
     Request,
     SamplingParams,
@@ -63,9 +62,9 @@ class Planner:
         self.num_phase_switches = 0  # from steps that prefill to steps that only decode, and back
         self._arrivals = Arrivals(eos_token_ids, stream_of, matcher_of)
         self._residents = Residents(self.state, self.pager)
+        self._endings = Endings(self._residents)
         self._policy = SCHEDULES[schedule]()
         self._in_flight: dict[int, InFlight] = {}
-        self._finished: list[FinishedRequest] = []
         self._num_decoding = 0  # steps in flight with decodes
         self._prefilled_last = False
         self._next_step_id = 0
@@ -131,8 +130,7 @@ class Planner:
                 self.state.waiting.append(sequence)
 
     def take_finished(self) -> list[FinishedRequest]:
-        finished, self._finished = self._finished, []
-        return finished
+        return self._endings.take()
 
     def next_step(self) -> Step | None:
         """The next step to submit, or None where a result, or more requests, must come first."""
@@ -143,7 +141,7 @@ class Planner:
         decodes = self._take_decodes(shape.num_decodes, shape.num_prefill_tokens)
         prefills = self._take_prefills(shape.num_prefill_tokens, len(decodes))
         if not decodes and not prefills and not self._in_flight:
-            self._fail_what_cannot_fit()
+            self._endings.fail_what_cannot_fit()
             if self.pager is not None:
                 self.pager.begin_step(self._next_step_id, idle=True)
             decodes = self._take_decodes(self.capacity.max_batch_sequences, 0) or self._take_oldest()
@@ -183,7 +181,7 @@ class Planner:
                 continue
             if result.logprobs and (logprobs := result.logprobs.get(sequence.sequence_id)) is not None:
                 sequence.logprobs.append(logprobs)
-            self._take_token(sequence, token_id)
+            self._endings.take_token(sequence, token_id)
         assert position == len(token_ids), "a step's result does not fit its step"
 
     def requeue_all(self) -> None:
@@ -237,7 +235,7 @@ class Planner:
                 self.state.ready.popleft()
                 return [self._schedule_chunk(sequence, 1)]
             if sequence.sequence_id in self.state.running:
-                self._fail(sequence, self._capacity_message(sequence))
+                self._endings.fail_too_large(sequence)
         return []
 
     def _take_prefills(self, num_tokens: int, num_sequences: int) -> list[Chunk]:
@@ -284,50 +282,10 @@ class Planner:
             return False
         while not self._residents.grow(sequence):
             if len(self.state.running) == 1:
-                self._fail(sequence, self._capacity_message(sequence))
+                self._endings.fail_too_large(sequence)
                 return False
             victim = next(s for s in reversed(self.state.running.values()) if s.num_in_flight == 0)
             self._residents.preempt(victim)
             if victim is sequence:
                 return False
         return True
-
-    # -- how a sequence ends -------------------------------------------------------------------------------------
-
-    def _take_token(self, sequence: Sequence, token_id: int) -> None:
-        if token_id < 0:
-            self._fail(sequence, "the model's logits are not finite for this row", ErrorCode.INVALID_LOGITS)
-            return
-        self.state.context_tokens += 1
-        end = sequence.accept(token_id)
-        if end is None:
-            self.state.ready.append(sequence)
-        else:
-            self._residents.leave(sequence)
-            self._close(sequence, sequence.completion(*end))
-
-    def _fail(self, sequence: Sequence, message: str, code: ErrorCode = ErrorCode.KV_CAPACITY) -> None:
-        if sequence.sequence_id in self.state.running:
-            self._residents.leave(sequence)
-        self._close(sequence, sequence.completion(None, error=(code, message)))
-
-    def _close(self, sequence: Sequence, completion: Completion) -> None:
-        if (finished := sequence.group.end(sequence.sample_index, completion)) is not None:
-            self._finished.append(finished)
-
-    def _fail_what_cannot_fit(self) -> None:
-        """With nothing in flight and nothing running, whoever still waits at the head can never run."""
-        state = self.state
-        num_blocks = min(self.ledger.num_blocks, self.capacity.num_blocks)
-        while (
-            state.waiting and not state.running and self.ledger.blocks_for(state.waiting.first.num_tokens) > num_blocks
-        ):
-            sequence = state.waiting.pop()
-            self._fail(sequence, self._capacity_message(sequence))
-
-    def _capacity_message(self, sequence: Sequence) -> str:
-        num_kv_tokens = min(self.ledger.num_blocks, self.capacity.num_blocks) * self.capacity.block_tokens
-        return (
-            f"the row needs KV for {sequence.num_tokens} tokens at once and there is room for {num_kv_tokens}; "
-            "raise engine.kv_device_memory or lower sampling.max_tokens"
-        )
