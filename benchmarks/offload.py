@@ -1,10 +1,12 @@
 """One job with all KV on the device, and with a share of that: by recomputing, and by each way of offloading.
 
-    python benchmarks/offload.py --prompts gsm8k_512.jsonl --share 0.25 --ways none layer --gigabytes-per-second 6
+    python benchmarks/offload.py --prompts gsm8k_512.jsonl --share 0.25 --ways none layer --gigabytes-per-second 6 0.6
 
 On the CPU the link between the tiers is emulated: every byte is copied, and arrives no sooner than the link would let
-it. `--gigabytes-per-second` is of one direction. Rounds alternate between the ways; ratios are medians over rounds.
-The last line is JSON.
+it. `--gigabytes-per-second` is of one direction, each a link of its own. Copies take a core that a GPU's copy engine
+would not take from computing: leave them one (OMP_NUM_THREADS). Rounds alternate between the ways; ratios are medians
+over rounds. Of those without a second tier `none` plans by predicted lengths, so that nothing has to be given up, and
+`recompute` admits all there is room for and computes again what it has to give up. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from batchpipe.execute.open import open_pipelines
 from batchpipe.run_job import run_job
 
 ROOT = Path(__file__).parent.parent
+ONE_TIER = ("none", "recompute")
 KEYS = (
     *("output_tokens_per_second", "generate_seconds", "completion_tokens", "preemptions", "recomputed_tokens"),
     *("peak_device_blocks", "peak_host_blocks", "host_to_device_bytes", "device_to_host_bytes", "stall_seconds"),
@@ -85,7 +88,7 @@ def main() -> None:
     parser.add_argument("--host-memory", default="8GiB")
     parser.add_argument("--ways", nargs="+", default=["none", "layer"])
     parser.add_argument(
-        "--gigabytes-per-second", type=float, help="of the emulated link; as fast as it goes if left out"
+        "--gigabytes-per-second", type=float, nargs="+", help="of the emulated link; as fast as it goes if left out"
     )
     parser.add_argument("--verify", default="off")
     parser.add_argument("--rounds", type=int, default=1)
@@ -94,22 +97,30 @@ def main() -> None:
     if args.one:
         run_one(json.loads(args.one))
         return
-    rate = None if args.gigabytes_per_second is None else args.gigabytes_per_second * 1e9
-    runs: dict[str, list[dict[str, Any]]] = {"resident": [], **{way: [] for way in args.ways}}
-    num_equal: dict[str, list[int]] = {way: [] for way in args.ways}
+    rates = args.gigabytes_per_second or [None]
+    ways: dict[str, tuple[str, float | None]] = {}
+    for way in args.ways:
+        links = [None] if way in ONE_TIER else rates
+        ways |= {way if rate is None else f"{way} at {rate:g} GB/s": (way, rate) for rate in links}
+    runs: dict[str, list[dict[str, Any]]] = {"resident": [], **{name: [] for name in ways}}
+    num_equal: dict[str, list[int]] = {name: [] for name in ways}
     for _ in range(args.rounds):
         whole = measured(job_of(args, {}), "none", None)
         texts = whole.pop("texts")
         runs["resident"].append(whole)
         print("resident", json.dumps(whole), file=sys.stderr, flush=True)
         device_bytes = int(args.share * whole["peak_device_blocks"]) * args.block_bytes
-        for way in args.ways:
-            host_memory = 0 if way == "none" else args.host_memory
-            engine = {"kv_device_memory": device_bytes, "kv_host_memory": host_memory, "offload": way}
-            figures = measured(job_of(args, engine), way, rate)
-            num_equal[way].append(sum(a == b for a, b in zip(texts, figures.pop("texts"), strict=True)))
-            runs[way].append(figures)
-            print(way, json.dumps(figures), file=sys.stderr, flush=True)
+        for name, (way, rate) in ways.items():
+            host_memory = 0 if way in ONE_TIER else args.host_memory
+            offload = "none" if way in ONE_TIER else way
+            engine = {"kv_device_memory": device_bytes, "kv_host_memory": host_memory, "offload": offload}
+            job = job_of(args, engine)
+            if way == "recompute":
+                job |= {"plan": {"schedule": "hybrid"}, "predict": {"method": "none"}}
+            figures = measured(job, offload, None if rate is None else rate * 1e9)
+            num_equal[name].append(sum(a == b for a, b in zip(texts, figures.pop("texts"), strict=True)))
+            runs[name].append(figures)
+            print(name, json.dumps(figures), file=sys.stderr, flush=True)
 
     def ratio(first: str, second: str) -> float:
         pairs = zip(runs[first], runs[second], strict=True)
@@ -118,8 +129,8 @@ def main() -> None:
     summary = {
         "settings": vars(args),
         "version": batchpipe.__version__,
-        "over_resident": {way: ratio(way, "resident") for way in args.ways},
-        "over_none": {way: ratio(way, "none") for way in args.ways} if "none" in args.ways else None,
+        "over_resident": {name: ratio(name, "resident") for name in ways},
+        "over_one_tier": {way: {name: ratio(name, way) for name in ways} for way in ONE_TIER if way in args.ways},
         "equal_texts": num_equal,
         "num_rows": len(texts),
     }

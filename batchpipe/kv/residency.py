@@ -12,11 +12,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+from batchpipe.types import Int32Array
+
 
 class Residency:
     """By sequence, in the order of last use. `touch` says that a step uses a sequence's blocks."""
 
-    def __init__(self, num_device_blocks: int) -> None:
+    def __init__(self, num_device_blocks: int, num_host_blocks: int) -> None:
         self.num_device_blocks = num_device_blocks
         self.peak_used_blocks = 0
         self._free = list(range(num_device_blocks - 1, -1, -1))
@@ -24,7 +28,8 @@ class Residency:
         self._residents: dict[int, list[int]] = {}  # host blocks in table order; the one used longest ago stands first
         self._last_steps: dict[int, int] = {}
         self._places: dict[int, int] = {}  # host block to device block
-        self._num_residents: Counter[int] = Counter()  # by host block
+        self._places_array = np.full(num_host_blocks, -1, np.int32)  # the same, to look many up at once; -1: none
+        self._num_others: dict[int, int] = {}  # by host block that several residents share, how many beside one
         self._left_steps: dict[int, int] = {}  # by host block: the last step of others that used it
         self._lent: list[tuple[int, int]] = []
         self._cold_step = -1  # the last one whose blocks transfers may write to
@@ -33,6 +38,10 @@ class Residency:
 
     def __contains__(self, sequence_id: int) -> bool:
         return sequence_id in self._residents
+
+    def __len__(self) -> int:
+        """Sequences on the device."""
+        return len(self._residents)
 
     @property
     def num_used(self) -> int:
@@ -51,9 +60,9 @@ class Residency:
     def num_held(self, sequence_id: int) -> int:
         return len(self._residents[sequence_id])
 
-    def table(self, sequence_id: int) -> list[int]:
-        """The device blocks of a resident, in table order."""
-        return [self._places[block] for block in self._residents[sequence_id]]
+    def places(self, host_blocks: Int32Array) -> Int32Array:
+        """The device blocks that copy these host blocks, of any shape; -1: none does."""
+        return self._places_array[host_blocks]
 
     def place_of(self, host_block: int) -> int | None:
         return self._places.get(host_block)
@@ -78,31 +87,31 @@ class Residency:
         for step, block in given_back:
             self._give_back(step, block)
 
-    def enter(self, sequence_id: int, host_blocks: Sequence[int], step: int, *, cold: bool) -> list[tuple[int, int]]:
+    def enter(self, sequence_id: int, host_blocks: Sequence[int], step: int) -> list[tuple[int, int]]:
         """Puts a sequence on the device, for `step` at the earliest. Returns (host, device block) of those it lacked.
 
-        cold: transfers fill them. There is room for all that `missing` names.
+        Transfers fill them. There are cold blocks for all that `missing` names.
         """
         assert sequence_id not in self._residents
-        taken = []
-        for block in host_blocks:
-            if block not in self._places:
-                self._places[block] = self._take(cold)
-                taken.append((block, self._places[block]))
-            self._num_residents[block] += 1
+        lacking = self.missing(host_blocks)
+        if len(lacking) < len(host_blocks):
+            for block in host_blocks:
+                if block in self._places:
+                    self._num_others[block] = self._num_others.get(block, 0) + 1
+        taken = [(block, self._free.pop()) for block in lacking]
+        self._place(taken)
         self._residents[sequence_id] = list(host_blocks)
         self._last_steps[sequence_id] = step - 1  # until `touch` says that a step has it
-        self.peak_used_blocks = max(self.peak_used_blocks, self.num_used)
         return taken
 
     def extend(self, sequence_id: int, host_blocks: Sequence[int]) -> None:
         """New blocks behind those of a resident, for the next step to write to; there is room."""
-        for block in host_blocks:
-            assert block not in self._places
-            self._places[block] = self._take(cold=False)
-            self._num_residents[block] += 1
-            self._residents[sequence_id].append(block)
-        self.peak_used_blocks = max(self.peak_used_blocks, self.num_used)
+        assert not any(block in self._places for block in host_blocks)
+        # What computing writes takes warm blocks first and leaves the cold ones to transfers.
+        self._place(
+            [(block, self._cooling.popleft()[1] if self._cooling else self._free.pop()) for block in host_blocks]
+        )
+        self._residents[sequence_id] += host_blocks
 
     def touch(self, sequence_id: int, step: int) -> None:
         self._residents[sequence_id] = self._residents.pop(sequence_id)
@@ -117,16 +126,26 @@ class Residency:
         if sequence_id not in self._residents:
             return
         last_step = self._last_steps.pop(sequence_id)
-        for block in self._residents.pop(sequence_id):
-            self._num_residents[block] -= 1
+        gone = self._residents.pop(sequence_id)
+        if self._num_others:
+            gone = [block for block in gone if not self._others_keep(block, last_step)]
+        for block in gone:
+            left_step = self._left_steps.pop(block, last_step) if self._left_steps else last_step
+            self._give_back(max(last_step, left_step), self._places.pop(block))
+        self._places_array[gone] = -1
+
+    def _others_keep(self, block: int, last_step: int) -> bool:
+        """Whether a block stays when one of its residents leaves."""
+        num_others = self._num_others.pop(block, 0)
+        if num_others:
             self._left_steps[block] = max(last_step, self._left_steps.get(block, last_step))
-            if self._num_residents[block] == 0:
-                del self._num_residents[block]
-                self._give_back(self._left_steps.pop(block), self._places.pop(block))
+        if num_others > 1:
+            self._num_others[block] = num_others - 1
+        return num_others > 0
 
     def lend(self, num_blocks: int, step: int) -> list[int]:
         """Cold blocks for this step alone; there is room."""
-        blocks = [self._take(cold=True) for _ in range(num_blocks)]
+        blocks = [self._free.pop() for _ in range(num_blocks)]
         self.peak_used_blocks = max(self.peak_used_blocks, self.num_used)
         self._lent += [(step, block) for block in blocks]
         return blocks
@@ -142,15 +161,21 @@ class Residency:
         else:
             self._cooling.append((last_step, block))
 
-    def _take(self, cold: bool) -> int:
-        # What computing writes takes warm blocks first and leaves the cold ones to transfers.
-        return self._cooling.popleft()[1] if self._cooling and not cold else self._free.pop()
+    def _place(self, taken: list[tuple[int, int]]) -> None:
+        """(host, device block) each."""
+        self._places.update(taken)
+        for block, place in taken:
+            self._places_array[block] = place
+        self.peak_used_blocks = max(self.peak_used_blocks, self.num_used)
 
     def check_integrity(self) -> None:
         counted = Counter(block for blocks in self._residents.values() for block in blocks)
-        assert counted == self._num_residents, "residents miscounted"
+        others = {block: count - 1 for block, count in counted.items() if count > 1}
+        assert others == self._num_others, "residents miscounted"
         assert self._places.keys() == counted.keys(), "KV of nobody on the device"
         states = self._free + [block for _, block in [*self._cooling, *self._lent]] + list(self._places.values())
         assert sorted(states) == list(range(self.num_device_blocks)), "device blocks were lost or given twice"
         assert self._residents.keys() == self._last_steps.keys()
+        placed = np.flatnonzero(self._places_array >= 0)
+        assert dict(zip(placed.tolist(), self._places_array[placed].tolist(), strict=True)) == self._places
         assert self._left_steps.keys() <= counted.keys()

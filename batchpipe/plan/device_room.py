@@ -6,7 +6,10 @@ blocks that are cold, that is, which that step does not use; what a step compute
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as List
+from itertools import chain
 
 from batchpipe.kv.residency import Residency
 from batchpipe.plan.sequence import Sequence
@@ -17,14 +20,16 @@ class DeviceRoom:
     """`needed`: sequences of the step that is being planned; they and prompts under way stay on the device."""
 
     def __init__(self, state: State) -> None:
-        self.residency = Residency(state.capacity.num_blocks)
+        self.residency = Residency(state.capacity.num_blocks, state.ledger.num_blocks)
         self.needed: set[int] = set()
         self._state = state
         self._cold_step = -1
+        self._victims: tuple[deque[int], deque[int]] | None = None
 
     def begin_step(self, cold_step: int) -> None:
         """Blocks that no step after `cold_step` uses are cold."""
         self._cold_step = cold_step
+        self._victims = None
         self.needed.clear()
         self.residency.begin_step(cold_step)
 
@@ -35,8 +40,8 @@ class DeviceRoom:
     @property
     def most_cold_blocks(self) -> int:
         """Cold blocks there would be if all left who may; fewer where victims share blocks with others."""
-        cold, _ = self._victims()
-        return self.residency.num_cold + sum(map(self.residency.num_held, cold))
+        cold, _ = self._candidates()
+        return self.residency.num_cold + sum(map(self.residency.num_held, filter(self._may_leave, cold)))
 
     def make_for(self, host_blocks: List[int], num_warm: int) -> bool:
         """Room for those of the blocks that are not on the device: evicting may make them more."""
@@ -50,29 +55,53 @@ class DeviceRoom:
     def make(self, num_cold: int, num_warm: int) -> bool:
         """Evicts until so many blocks are free for transfers, and so many more for the step to write."""
         residency = self.residency
-        lacking_cold = num_cold - residency.num_cold
-        lacking = num_cold + num_warm - residency.num_free
-        if lacking_cold <= 0 and lacking <= 0:
-            return True
-        cold, warm = self._victims()
-        if lacking_cold > sum(map(residency.num_held, cold)):
-            return False
-        if lacking > sum(map(residency.num_held, cold + warm)):
-            return False
         # Blocks that a victim shares with others stay, so it may take more of them than it seems.
-        while residency.num_cold < num_cold and cold:
-            residency.leave(cold.pop(0))
-        rest = warm + cold
-        while residency.num_free < num_cold + num_warm and rest:
-            residency.leave(rest.pop(0))
-        return residency.num_cold >= num_cold and residency.num_free >= num_cold + num_warm
+        while True:
+            lacking_cold = num_cold - residency.num_cold
+            lacking = num_cold + num_warm - residency.num_free
+            if lacking_cold <= 0 and lacking <= 0:
+                return True
+            cold, warm = self._candidates()
+            leaving = self._victims_of(cold, lacking_cold)
+            if leaving is None:
+                return False
+            lacking -= sum(map(residency.num_held, leaving))
+            more = self._victims_of((i for i in chain(warm, cold) if i not in leaving), lacking)
+            if more is None:
+                return False
+            for sequence_id in leaving + more:
+                residency.leave(sequence_id)
 
-    def _victims(self) -> tuple[list[int], list[int]]:
-        """Whom the step does not need, the latest used first: those whose blocks are cold, and the others."""
-        kept = self.needed.union(sequence.sequence_id for sequence in self._state.prefilling)
-        cold: list[int] = []
-        warm: list[int] = []
-        for sequence_id, last_step in self.residency.latest_first():
-            if sequence_id not in kept:
-                (cold if last_step <= self._cold_step else warm).append(sequence_id)
-        return cold, warm
+    def _victims_of(self, candidates: Iterable[int], num_blocks: int) -> list[int] | None:
+        """The first that may leave and hold so many blocks; None where all of them do not."""
+        victims: list[int] = []
+        if num_blocks <= 0:
+            return victims
+        for sequence_id in candidates:
+            if self._may_leave(sequence_id):
+                victims.append(sequence_id)
+                num_blocks -= self.residency.num_held(sequence_id)
+                if num_blocks <= 0:
+                    return victims
+        return None
+
+    def _may_leave(self, sequence_id: int) -> bool:
+        return sequence_id not in self.needed and sequence_id in self.residency
+
+    def _candidates(self) -> tuple[deque[int], deque[int]]:
+        """Who was on the device when the step first asked, the latest used first: whose blocks are cold, and the others.
+
+        Who came since is needed. Whoever may not leave once may not for the rest of the step.
+        """
+        if self._victims is None:
+            prompts = {sequence.sequence_id for sequence in self._state.prefilling}
+            cold: deque[int] = deque()
+            warm: deque[int] = deque()
+            for sequence_id, last_step in self.residency.latest_first():
+                if sequence_id not in prompts:
+                    (cold if last_step <= self._cold_step else warm).append(sequence_id)
+            self._victims = cold, warm
+        for candidates in self._victims:
+            while candidates and not self._may_leave(candidates[0]):
+                candidates.popleft()
+        return self._victims

@@ -32,7 +32,9 @@ _FELT = 0.1
 class LoadBudget:
     """`blocks` before a step is made, `observe` after its result came; deterministic."""
 
-    def __init__(self, cost: CostModel | None, block_tokens: int) -> None:
+    def __init__(self, cost: CostModel | None, block_tokens: int, exposed_share: float = 0.0) -> None:
+        """exposed_share: of a step's loads, what nothing can hide, so that its stall says nothing of their number."""
+        self._exposed_share = exposed_share
         links = cost.kv_links if cost is not None else ()
         expected = [link.load_bytes_per_second / link.block_bytes(block_tokens) for link in links]
         self._feedback = StallFeedback()
@@ -77,7 +79,8 @@ class LoadBudget:
             return
         self._rates.append(loaded_blocks / load_seconds)
         self._most_loaded_blocks = max(self._most_loaded_blocks, loaded_blocks)
-        stall_seconds = max(use.stall_seconds for use in link_uses)
+        stall_seconds = sum(use.stall_seconds for use in link_uses) / len(link_uses)
+        stall_seconds = max(0.0, stall_seconds - self._exposed_share * load_seconds)
         # Far more than the budget stalls and far less does not; neither tells whether the budget is right.
         if stall_seconds < _ALONE * load_seconds and abs(loaded_blocks / self.blocks(seconds) - 1) <= _NEAR:
             self._feedback.observe(min(stall_seconds, _FELT * seconds), seconds)

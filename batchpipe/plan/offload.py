@@ -197,9 +197,9 @@ class StallFeedback:
     factor: float = 1.0
     _integral: float = 0.0
 
-    TARGET_SHARE = 0.005
+    TARGET_SHARE = 0.01
     PROPORTIONAL = 0.5
-    INTEGRAL = 0.05
+    INTEGRAL = 0.2
     LEAST, MOST = 0.1, 1.2
 
     def observe(self, stall_seconds: float, step_seconds: float) -> None:

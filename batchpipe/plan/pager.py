@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as List
 from math import ceil
-from statistics import mean
+from statistics import fmean
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class Pager:
         self._loads_batches = capacity.offload == "batch" or (capacity.offload == "both" and not self._streams_layers)
         self._decode_seconds: deque[float] = deque(maxlen=capacity.max_batches)  # predicted, of steps that decode
         self._last_seconds: float | None = None  # predicted, of the step planned last
+        self._last_num_decodes = 0
         self._step = 0
         self._loads: list[tuple[int, int]] = []
         self._streamed: set[int] = set()
@@ -94,7 +95,7 @@ class Pager:
         """
         if not self._room.make_for(shared, len(fresh)):
             return False
-        self._loads += self.residency.enter(sequence.sequence_id, shared, self._step, cold=True)
+        self._loads += self.residency.enter(sequence.sequence_id, shared, self._step)
         self.residency.extend(sequence.sequence_id, fresh)
         self._room.needed.add(sequence.sequence_id)
         return True
@@ -135,28 +136,30 @@ class Pager:
     ) -> tuple[Int32Array, Transfers]:
         """The step's device block tables [N, B], and what moves for it."""
         capacity, residency, ledger = self._state.capacity, self.residency, self._state.ledger
-        tables = np.zeros_like(host_tables)
-        streams: dict[int, int] = {}
-        for row, (sequence, num_context, num_tokens, _) in enumerate(chunks):
-            width = ledger.blocks_for(num_context + num_tokens)
+        ends = np.array([ledger.blocks_for(chunk.num_context + chunk.num_tokens) for chunk in chunks])
+        inside = np.arange(host_tables.shape[1]) < ends[:, None]
+        tables = np.where(inside, residency.places(host_tables), 0)
+        is_streamed = np.zeros(len(chunks), np.bool_)
+        for row, (sequence, *_) in enumerate(chunks):
             if sequence.sequence_id in residency:
                 residency.touch(sequence.sequence_id, self._step)
-                tables[row, :width] = residency.table(sequence.sequence_id)[:width]
-                continue
-            assert sequence.sequence_id in self._streamed, "a sequence whose KV is not on the device"
-            for column, block in enumerate(ledger.owned(sequence.sequence_id)[:width]):
-                place = residency.place_of(block)
-                if place is None:
-                    place = capacity.num_blocks + streams.setdefault(block, len(streams))
-                else:
-                    residency.touch_block(block, self._step)
-                tables[row, column] = place
+            else:
+                assert sequence.sequence_id in self._streamed, "a sequence whose KV is not on the device"
+                is_streamed[row] = True
+        absent = tables < 0
+        assert not absent[~is_streamed].any(), "a resident's KV is not on the device"
+        streams, numbers = np.unique(host_tables[absent], return_inverse=True)
+        tables[absent] = capacity.num_blocks + numbers
+        for block in host_tables[inside & ~absent & is_streamed[:, None]].tolist():
+            residency.touch_block(block, self._step)
         assert len(streams) <= len(self._units) * capacity.streams_per_block
-        loads = [(block, place) for block, place in self._loads if residency.place_of(block) == place]
+        loads = np.array(self._loads, np.int32).reshape(-1, 2)
+        # Who came and left again, before the step was whole, is not loaded.
+        loads = loads[residency.places(loads[:, 0]) == loads[:, 1]]
         transfers = Transfers(
             host_tables=host_tables,
-            loads=np.array(loads, np.int32).reshape(-1, 2),
-            streams=np.array(list(streams), np.int32),
+            loads=loads,
+            streams=streams,
             stream_units=np.array(self._units, np.int32),
             host_copies=np.array(host_copies, np.int32).reshape(-1, 2),
         )
@@ -177,11 +180,13 @@ class Pager:
     ) -> list[Sequence]:
         """A batch's share of those on the device, and of the absent, in line, whom the link can bring."""
         num_batches = self._state.capacity.max_batches
-        num_residents = sum(map(self.residency.__contains__, self._state.running))
+        num_residents = len(self.residency)
         num_kept = min(num_decodes, ceil(num_residents / num_batches), len(present))
         self._room.needed.update(sequence.sequence_id for sequence in present[:num_kept])
         if self._streams_layers:
-            coming = self._stream(absent, num_decodes - num_kept, self._seconds_of(num_decodes, num_prompt_tokens))
+            # A batch is as large as the last one was, near enough: batches change slowly.
+            num_expected = max(num_kept, min(num_decodes, self._last_num_decodes))
+            coming = self._stream(absent, num_decodes - num_kept, self._seconds_of(num_expected, num_prompt_tokens))
         else:
             coming = self._load(absent, num_decodes - num_kept)
             # The loads of this step and of the one before stand on the device beside every batch's residents.
@@ -244,7 +249,7 @@ class Pager:
         self._room.needed.add(sequence.sequence_id)
         if not self._room.make_for(blocks, 0):
             return False
-        self._loads += self.residency.enter(sequence.sequence_id, blocks, self._step, cold=True)
+        self._loads += self.residency.enter(sequence.sequence_id, blocks, self._step)
         return True
 
     # -- what to expect --------------------------------------------------------------------------------------------
@@ -264,15 +269,17 @@ class Pager:
         queries, contexts, samples = zip(*((c.num_tokens, c.num_context, c.samples) for c in chunks), strict=True)
         work = StepWork.of(np.array(queries, np.int32), np.array(contexts, np.int32), np.array(samples, np.bool_))
         self._last_seconds = bottleneck_seconds(self._state.cost, work)
-        if work.num_decodes:
+        # A prompt's last token alone counts as a decode in `work`.
+        if num_decodes := sum(c.num_tokens == 1 and bool(c.sequence.generated) for c in chunks):
             self._decode_seconds.append(self._last_seconds)
+            self._last_num_decodes = num_decodes
 
     def _limit_blocks(self) -> int:
         """KV that can be kept in motion: the capacity law, of at least what the device holds."""
         capacity = self._state.capacity
         num_batches, num_device = capacity.max_batches, capacity.num_blocks
         if self._decode_seconds:
-            seconds: float | None = mean(self._decode_seconds)
+            seconds: float | None = fmean(self._decode_seconds)
         else:
             seconds = self._seconds_of(ceil(len(self._state.running) / num_batches), 0)
         num_buffers = 1 / capacity.streams_per_block if self._streams_layers else 2.0
@@ -284,5 +291,4 @@ class Pager:
         ledger = self._state.ledger
         for sequence_id in self._state.running:
             if sequence_id in self.residency:
-                places = [self.residency.place_of(block) for block in ledger.owned(sequence_id)]
-                assert places == self.residency.table(sequence_id), "the device has other blocks than the host"
+                assert not self.residency.missing(ledger.owned(sequence_id)), "the device lacks blocks of a resident"

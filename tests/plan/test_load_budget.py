@@ -48,7 +48,7 @@ def uses_of(num_blocks: int, seconds_each: tuple[float, ...]) -> tuple[list[floa
 def drive(
     budget: LoadBudget, num_steps: int, noise: float = 0.0, share: Callable[[int], float] = lambda step: 1.0
 ) -> tuple[list[int], list[float]]:
-    """Blocks of each step and its stall as a part of the step, where whatever the budget allows is loaded."""
+    """Blocks of each step and the stages' mean stall as a part of it, where whatever the budget allows is loaded."""
     random = np.random.default_rng(0)
     loaded, stalls = [], []
     for step in range(num_steps):
@@ -57,7 +57,7 @@ def drive(
         stage_seconds, uses = uses_of(num_blocks, (1 / rate, 1 / (3 * rate)))
         budget.observe(num_blocks, stage_seconds, uses)
         loaded.append(num_blocks)
-        stalls.append(uses[0].stall_seconds / STEP_SECONDS)
+        stalls.append(mean(use.stall_seconds for use in uses) / STEP_SECONDS)
     return loaded, stalls
 
 
@@ -74,7 +74,7 @@ def test_without_a_rate_it_starts_small_and_doubles_at_most() -> None:
 
 
 @pytest.mark.parametrize("scale", [None, 0.2, 1.0, 5.0])
-@pytest.mark.parametrize(("noise", "least_share", "most_stall"), [(0.0, 0.99, 0.006), (0.1, 0.84, 0.012)])
+@pytest.mark.parametrize(("noise", "least_share", "most_stall"), [(0.0, 0.99, 0.011), (0.1, 0.84, 0.012)])
 def test_it_settles_at_what_the_link_carries(
     scale: float | None, noise: float, least_share: float, most_stall: float
 ) -> None:
