@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend
@@ -32,6 +33,7 @@ from batchpipe.types import Int32Array, LinkUse, Step
 
 # Of loads at once: they give way to streams between two such pieces.
 PIECE_BYTES = 4 << 20
+IntArray = NDArray[np.int64]
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16
 
 
@@ -83,14 +85,17 @@ class Tiers:
         transfers = turn.transfers
         before = self._turns.get(turn.number - 2)
         after = [] if before is None else [before.computed]
-        read = np.concatenate([transfers.loads[:, 0], transfers.streams])
-        writer = self._turns.get(int(self._last_writers[read].max(initial=-1)))
-        after += [] if writer is None else [writer.stored]  # the others were stored before the turns that are kept
+        writers = self._last_writers[transfers.streams]
+        recent = writers >= turn.number - 1
+        streams = [
+            (part, after + self._stored(writers[part])) for part in (np.flatnonzero(~recent), np.flatnonzero(recent))
+        ]
+        after_loads = after + self._stored(self._last_writers[transfers.loads[:, 0]])
         self._last_writers[turn.host_blocks] = turn.number
         self._last_writers[transfers.host_copies[:, 1]] = turn.number
         self._turns[turn.number] = turn
-        self._queue_streams(turn, after)
-        self._queue_loads(turn, after)
+        self._queue_streams(turn, [(part, marks) for part, marks in streams if len(part)])
+        self._queue_loads(turn, after_loads)
         self._queue(
             turn, self._link.stores, partial(self._store, turn), turn.stored_bytes, [turn.computed], turn.stored
         )
@@ -133,12 +138,24 @@ class Tiers:
 
     # -- by the computing thread -----------------------------------------------------------------------------------
 
-    def _queue_streams(self, turn: Turn, after: list[Mark]) -> None:
-        num_bytes = len(turn.stream_slots) * self._pool.bytes_per_block // self._pool.num_layers
+    def _stored(self, writers: NDArray[np.int64]) -> list[Mark]:
+        """When all that these turns wrote is on the host: the last one's is stored last, and older ones' has been."""
+        writer = self._turns.get(int(writers.max(initial=-1)))
+        return [] if writer is None else [writer.stored]
+
+    def _queue_streams(self, turn: Turn, parts: list[tuple[IntArray, list[Mark]]]) -> None:
+        """parts: indices of streamed blocks, and what their first layers wait for; the last part's waits for most.
+
+        Most blocks are as the step before found them, so their first layers need not wait for its end.
+        """
+        everything = np.arange(len(turn.stream_slots))
         for layer, arrived in enumerate(turn.arrived):
-            work = partial(self._stream, turn, layer)
-            free = after if layer < 2 else [turn.attended[layer - 2]]
-            self._queue(turn, self._link.loads, work, num_bytes, free, arrived, patient=False)
+            todo = parts if layer < 2 else [(everything, [turn.attended[layer - 2]])]
+            for number, (part, after) in enumerate(todo, 1):
+                work = partial(self._stream, turn, layer, part)
+                num_bytes = len(part) * self._pool.bytes_per_block // self._pool.num_layers
+                done = arrived if number == len(todo) else self._link.mark()
+                self._queue(turn, self._link.loads, work, num_bytes, after, done, patient=False)
 
     def _queue_loads(self, turn: Turn, after: list[Mark]) -> None:
         loads, late = self._with_faults(turn)
@@ -227,9 +244,9 @@ class Tiers:
         pairs = np.array(loads, np.int32)
         copy_pieces(self._device_slots.flatten(1), pairs[:, 1], self._host_slots.flatten(1), pairs[:, 0])
 
-    def _stream(self, turn: Turn, layer: int) -> None:
-        slots = self._device_slots.flatten(0, 1)
-        copy_pieces(slots, turn.stream_slots + layer % 2, self._host_slots[:, layer], turn.transfers.streams)
+    def _stream(self, turn: Turn, layer: int, part: IntArray) -> None:
+        slots, streams = turn.stream_slots[part] + layer % 2, turn.transfers.streams[part]
+        copy_pieces(self._device_slots.flatten(0, 1), slots, self._host_slots[:, layer], streams)
 
     def _store(self, turn: Turn) -> None:
         landed = self._staged(turn, self._landing)
