@@ -89,7 +89,7 @@ class DeviceRoom:
         return sequence_id not in self.needed and sequence_id in self.residency
 
     def _candidates(self) -> tuple[deque[int], deque[int]]:
-        """Who was on the device when the step first asked, the latest used first: whose blocks are cold, and the others.
+        """Who was on the device when the step first asked, the latest used first: those with cold blocks, and others.
 
         Who came since is needed. Whoever may not leave once may not for the rest of the step.
         """

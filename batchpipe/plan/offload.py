@@ -192,7 +192,10 @@ def prefills_next(prefilling: bool, live_blocks: int, prompt_blocks: int, device
 
 @dataclass(slots=True)
 class StallFeedback:
-    """Corrects the budget, a prediction, by the stall that was measured: proportional and integral, within bounds."""
+    """Corrects the budget, a prediction, by the stall that was measured: proportional and integral, within bounds.
+
+    The aim is not no stall at all: noise makes some steps stall with any budget, and a smaller one loses batch.
+    """
 
     factor: float = 1.0
     _integral: float = 0.0

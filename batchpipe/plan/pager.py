@@ -42,9 +42,12 @@ class Pager:
         self._state = state
         self._room = DeviceRoom(state)
         self.residency = self._room.residency
-        self._budget = LoadBudget(state.cost, capacity.block_tokens)
         # Two layers of a block pass at a time: with fewer than four, streaming saves no room.
         self._streams_layers = capacity.offload in ("layer", "both") and capacity.streams_per_block > 1
+        # With one batch nothing runs beside the first layer's streams of its step.
+        is_exposed = self._streams_layers and capacity.max_batches == 1
+        exposed_share = 1 / (2 * capacity.streams_per_block) if is_exposed else 0.0
+        self._budget = LoadBudget(state.cost, capacity.block_tokens, exposed_share)
         self._loads_batches = capacity.offload == "batch" or (capacity.offload == "both" and not self._streams_layers)
         self._decode_seconds: deque[float] = deque(maxlen=capacity.max_batches)  # predicted, of steps that decode
         self._last_seconds: float | None = None  # predicted, of the step planned last
@@ -53,6 +56,8 @@ class Pager:
         self._loads: list[tuple[int, int]] = []
         self._streamed: set[int] = set()
         self._units: list[int] = []
+        self._num_last_units = 0  # of the last step that streamed
+        self._kept_free_blocks = 0
 
     # -- a step's planning -----------------------------------------------------------------------------------------
 
@@ -71,6 +76,12 @@ class Pager:
 
     def draw(self, policy: Policy, num_decodes: int, num_prompt_tokens: int) -> list[Sequence]:
         """Who of the ready sequences decodes, at most so many, beside so many prompt tokens."""
+        self._kept_free_blocks = 0
+        if self._streams_layers and num_prompt_tokens > 0:
+            # Room for prompts: else whoever is on the device runs in every step, and nobody else ever comes.
+            first_tokens = self._state.waiting.first.num_tokens if self._state.waiting else 0
+            self._kept_free_blocks = self._state.ledger.blocks_for(max(num_prompt_tokens, first_tokens))
+            self._room.make(0, self._kept_free_blocks + self._num_last_units)
         present: list[Sequence] = []
         absent: list[Sequence] = []
         for sequence in self._state.ready:
@@ -139,15 +150,12 @@ class Pager:
         ends = np.array([ledger.blocks_for(chunk.num_context + chunk.num_tokens) for chunk in chunks])
         inside = np.arange(host_tables.shape[1]) < ends[:, None]
         tables = np.where(inside, residency.places(host_tables), 0)
-        is_streamed = np.zeros(len(chunks), np.bool_)
-        for row, (sequence, *_) in enumerate(chunks):
+        is_streamed = np.array([chunk.sequence.sequence_id in self._streamed for chunk in chunks])
+        for sequence, *_ in chunks:
             if sequence.sequence_id in residency:
                 residency.touch(sequence.sequence_id, self._step)
-            else:
-                assert sequence.sequence_id in self._streamed, "a sequence whose KV is not on the device"
-                is_streamed[row] = True
         absent = tables < 0
-        assert not absent[~is_streamed].any(), "a resident's KV is not on the device"
+        assert not absent[~is_streamed].any(), "a sequence whose KV is not on the device"
         streams, numbers = np.unique(host_tables[absent], return_inverse=True)
         tables[absent] = capacity.num_blocks + numbers
         for block in host_tables[inside & ~absent & is_streamed[:, None]].tolist():
@@ -222,7 +230,7 @@ class Pager:
     def _stream(self, absent: list[Sequence], max_sequences: int, seconds: float | None) -> list[Sequence]:
         """Those of the absent, in line, whose KV can pass through the device while a step of so many seconds runs.
 
-        Where room is left some of them are loaded, for the same bytes, and stay.
+        Where room is left, that of the step's prompts apart, some of them are loaded, for the same bytes, and stay.
         """
         ledger, room = self._state.ledger, self._room
         chosen = self._in_line(absent, max_sequences, self._budget.blocks(seconds))
@@ -231,13 +239,16 @@ class Pager:
         for index, sequence in enumerate(chosen):
             blocks.update(ledger.owned(sequence.sequence_id))
             ends_blocks.append(len(blocks) + index + 1)  # the next token of each may begin a block
-        while chosen and not room.make(self._units_of(ends_blocks[len(chosen) - 1]), 0):
+        while chosen and not room.make(self._units_of(ends_blocks[len(chosen) - 1]), self._kept_free_blocks):
             chosen.pop()
         if not chosen:
             return []
         self._units = self.residency.lend(self._units_of(ends_blocks[len(chosen) - 1]), self._step)
+        self._num_last_units = len(self._units)
         for sequence in chosen:
-            if len(room.missing(sequence)) > self.residency.num_cold or not self._enter(sequence):
+            num_missing = len(room.missing(sequence))
+            has_room = num_missing <= min(self.residency.num_cold, self.residency.num_free - self._kept_free_blocks)
+            if not has_room or not self._enter(sequence):
                 self._streamed.add(sequence.sequence_id)
         return chosen
 

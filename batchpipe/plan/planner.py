@@ -140,11 +140,12 @@ class Planner:
         shape = self._policy.choose(self.state)
         decodes = self._take_decodes(shape.num_decodes, shape.num_prefill_tokens)
         prefills = self._take_prefills(shape.num_prefill_tokens, len(decodes))
-        if not decodes and not prefills and not self._in_flight:
+        while not (decodes or prefills or self._in_flight or self.idle):  # each time somebody runs, ends or lets go
             self._endings.fail_what_cannot_fit()
             if self.pager is not None:
                 self.pager.begin_step(self._next_step_id, idle=True)
-            decodes = self._take_decodes(self.capacity.max_batch_sequences, 0) or self._take_oldest()
+            if not self.state.prefilling:  # a prompt that was begun keeps its place on the device until it is done
+                decodes = self._take_decodes(self.capacity.max_batch_sequences, 0) or self._take_oldest()
             prefills = [] if decodes else self._take_prefills(self.capacity.max_step_tokens, 0)
         chunks = decodes + prefills
         if not chunks:

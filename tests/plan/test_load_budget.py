@@ -95,6 +95,31 @@ def test_a_link_that_drops_to_a_tenth_and_comes_back_is_followed_at_once(noise: 
     assert mean(loaded[306:316]) >= 0.9 * before
 
 
+def test_a_stall_of_the_first_of_eight_stages_is_weighed_by_what_a_round_loses() -> None:
+    """A step's first stage waits for a tenth of its loads, whatever their number; seven stages never do."""
+    budget = LoadBudget(Expected(1.0), BLOCK_TOKENS)
+    for _ in range(1000):
+        num_blocks = budget.blocks(STEP_SECONDS)
+        each = num_blocks / RATE
+        uses = [LinkUse(0.1 * each * (stage == 0), num_blocks * 16_000, 0, each, 0.0) for stage in range(8)]
+        budget.observe(num_blocks, [STEP_SECONDS + use.stall_seconds for use in uses], uses)
+    assert 0.7 * TRUE_BLOCKS <= budget.blocks(STEP_SECONDS) <= TRUE_BLOCKS
+
+
+def test_what_nothing_can_hide_is_no_reason_to_load_less() -> None:
+    budgets = [LoadBudget(Expected(1.0), BLOCK_TOKENS, share) for share in (0.1, 0.0)]
+    for budget in budgets:
+        for _ in range(1000):
+            num_blocks = budget.blocks(STEP_SECONDS)
+            each = num_blocks / RATE
+            stall_seconds = 0.1 * each + max(0.0, 0.9 * each - STEP_SECONDS)
+            use = LinkUse(stall_seconds, num_blocks * 16_000, 0, each, 0.0)
+            budget.observe(num_blocks, [STEP_SECONDS + stall_seconds], [use])
+    told, untold = (budget.blocks(STEP_SECONDS) for budget in budgets)
+    assert told >= TRUE_BLOCKS
+    assert untold < 0.2 * TRUE_BLOCKS
+
+
 def test_a_single_slow_copy_changes_little() -> None:
     budget = LoadBudget(Expected(1.0), BLOCK_TOKENS)
     loaded, _ = drive(budget, 120, share=lambda step: 0.02 if step == 100 else 1.0)
