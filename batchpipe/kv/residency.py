@@ -45,7 +45,8 @@ class Residency:
 
     @property
     def num_used(self) -> int:
-        return self.num_device_blocks - len(self._free) - len(self._cooling)
+        """Blocks that copy KV of residents."""
+        return len(self._places)
 
     @property
     def num_cold(self) -> int:
@@ -146,7 +147,7 @@ class Residency:
     def lend(self, num_blocks: int, step: int) -> list[int]:
         """Cold blocks for this step alone; there is room."""
         blocks = [self._free.pop() for _ in range(num_blocks)]
-        self.peak_used_blocks = max(self.peak_used_blocks, self.num_used)
+        self.peak_used_blocks = max(self.peak_used_blocks, self.num_device_blocks - self.num_free)
         self._lent += [(step, block) for block in blocks]
         return blocks
 
@@ -166,7 +167,7 @@ class Residency:
         self._places.update(taken)
         for block, place in taken:
             self._places_array[block] = place
-        self.peak_used_blocks = max(self.peak_used_blocks, self.num_used)
+        self.peak_used_blocks = max(self.peak_used_blocks, self.num_device_blocks - self.num_free)
 
     def check_integrity(self) -> None:
         counted = Counter(block for blocks in self._residents.values() for block in blocks)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as List
+from itertools import islice
 from math import ceil
 from statistics import fmean
 
@@ -79,8 +80,7 @@ class Pager:
         self._kept_free_blocks = 0
         if self._streams_layers and num_prompt_tokens > 0:
             # Room for prompts: else whoever is on the device runs in every step, and nobody else ever comes.
-            first_tokens = self._state.waiting.first.num_tokens if self._state.waiting else 0
-            self._kept_free_blocks = self._state.ledger.blocks_for(max(num_prompt_tokens, first_tokens))
+            self._kept_free_blocks = self._blocks_of_prompts(policy, num_prompt_tokens)
             self._room.make(0, self._kept_free_blocks + self._num_last_units)
         present: list[Sequence] = []
         absent: list[Sequence] = []
@@ -251,6 +251,21 @@ class Pager:
             if not has_room or not self._enter(sequence):
                 self._streamed.add(sequence.sequence_id)
         return chosen
+
+    def _blocks_of_prompts(self, policy: Policy, num_tokens: int) -> int:
+        """Those that waiting prompts take in a step that has so many tokens for prompts."""
+        state = self._state
+        if not state.waiting or not policy.admits(state, state.waiting.first):
+            return 0
+        num_tokens -= sum(sequence.num_tokens - sequence.num_scheduled for sequence in state.prefilling)
+        num_blocks = 0
+        for sequence in islice(state.waiting, max(0, state.max_running - len(state.running))):
+            if num_tokens <= 0:
+                break
+            num_new = state.ledger.new_blocks_for(sequence.prompt, sequence.num_tokens)
+            num_blocks += num_new
+            num_tokens -= min(sequence.num_tokens, num_new * state.ledger.block_tokens)
+        return num_blocks
 
     def _units_of(self, num_streamed: int) -> int:
         return -(-num_streamed // self._state.capacity.streams_per_block)
