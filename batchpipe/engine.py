@@ -56,6 +56,11 @@ class Engine:
         return tuple(name for replica in self.replicas for name in replica.device_names)
 
     @property
+    def rows_under_way(self) -> float:
+        """What is done of the rows that run, in rows, by what is expected of their rest; 0 where nothing is."""
+        return 0.0 if self._forecaster is None else self._forecaster.rows_under_way()
+
+    @property
     def room(self) -> int:
         """How many more requests should wait in line."""
         num_waiting = len(self._line) + sum(replica.planner.num_waiting for replica in self.replicas)

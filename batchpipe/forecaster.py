@@ -48,6 +48,18 @@ class Forecaster:
         if len(self._finished) >= REFRESH_COMPLETIONS or self._num_steps >= REFRESH_STEPS:
             self._refresh()
 
+    def rows_under_way(self) -> float:
+        """What is done of the rows that run: one of which half the tokens are expected to be there counts a half."""
+        running = [sequence for state in self._states for sequence in state.running.values()]
+        if not running:
+            return 0.0
+        classes, limits, tokens, samples = np.array(
+            [(one.length_class, one.max_tokens, len(one.generated), one.group.request.sampling.n) for one in running],
+            np.int32,
+        ).T
+        left = self._survival.expected_left(classes, tokens, limits)
+        return float((tokens / (tokens + left) / samples).sum())
+
     def _refresh(self) -> None:
         self._num_steps = 0
         if self._finished:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from batchpipe.plan.cost import CostModel
 from batchpipe.prepare import Prepared, prepare
 from batchpipe.read.ahead import Ahead
 from batchpipe.report.metrics import append_metrics, read_metrics
-from batchpipe.report.progress import Progress
+from batchpipe.report.progress import Progress, Reading
 from batchpipe.result import Result
 from batchpipe.sample.detokenize import detokenize, failed_outcome
 from batchpipe.types import FailedRow, Request
@@ -67,8 +68,9 @@ def run_job(
             stack.enter_context(calm_collector())
             account.loaded()
             writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
-            progress = stack.enter_context(Progress(prepared.source.num_rows()))
             engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
+            reading = partial(_reading, prepared, engine, writer.counts)
+            progress = stack.enter_context(Progress(prepared.source.num_rows(), reading))
             stop: str | None = None
             while stop is None and not (engine.idle and ahead.exhausted):
                 items = ahead.take(engine.room, block=engine.idle)
@@ -77,7 +79,7 @@ def run_job(
                 outcomes += detokenize(engine.advance(), prepared.tokenizer.decode_batch, prepared.eos_token_ids)
                 engine.meter.add_outcomes(outcomes)
                 writer.write(outcomes)
-                progress.update(*_reading(prepared, engine, writer.counts))
+                progress.tick()
                 stop = interrupt.requested or _too_many_failed(prepared, writer.counts)
             metrics = account.metrics(prepared, engine, writer.counts)
             append_metrics(folder.path, metrics)
@@ -103,10 +105,11 @@ def _open_here(prepared: Prepared, cost: CostModel | None) -> Sequence[Pipeline]
     return load_pipelines(engine, info, choice.mode)
 
 
-def _reading(prepared: Prepared, engine: Engine, counts: RowCounts) -> tuple[int, int, int, int, float]:
-    """For the progress line: rows done and failed, tokens in and out, and the part of the input that is done."""
-    fraction = counts.total / max(prepared.estimated_rows(), 1.0)
-    return counts.total, counts.failed, engine.meter.prompt_tokens, engine.meter.output_tokens, min(fraction, 1.0)
+def _reading(prepared: Prepared, engine: Engine, counts: RowCounts) -> Reading:
+    """For the progress line. A row that runs is done in part."""
+    fraction = (counts.total + engine.rows_under_way) / max(prepared.estimated_rows(), 1.0)
+    tokens = engine.meter.prompt_tokens, engine.meter.output_tokens
+    return Reading(counts.total, counts.failed, *tokens, min(fraction, 1.0))
 
 
 def _too_many_failed(prepared: Prepared, counts: RowCounts) -> str | None:

@@ -40,3 +40,21 @@ def test_a_row_cut_at_its_limit_is_no_short_row() -> None:
 def test_every_planner_gets_the_curves() -> None:
     _, engine = drive("temporal", 20, 10)
     assert all(replica.planner.state.survival is not None for replica in engine.replicas)
+
+
+def test_rows_that_run_count_by_what_of_them_is_done() -> None:
+    predictor = OnlinePredictor(QuantileClassifier.shipped(), 200)
+    engine = Engine([fake(capacity(num_blocks=400))], "temporal", frozenset({EOS}), lambda params: None, predictor)
+    engine.add(request(i, 5 + i % 40, max_tokens=200) for i in range(400))
+    num_finished, done_rows, done_tokens = 0, [], []
+    assert engine.rows_under_way == 0
+    while not engine.idle:
+        num_finished += len(engine.advance())
+        done_rows.append(num_finished + engine.rows_under_way)
+        done_tokens.append(engine.meter.output_tokens)
+    assert engine.rows_under_way == 0 and num_finished == 400
+    # Once lengths are known, a part of the rows is as large a part of the tokens.
+    later = slice(len(done_rows) // 3, None)
+    np.testing.assert_allclose(
+        np.array(done_rows)[later] / 400, np.array(done_tokens)[later] / done_tokens[-1], atol=0.1
+    )

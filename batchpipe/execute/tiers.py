@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend
-from batchpipe.execute.link import EmulatedLink, Lane, Link, Mark, Transfer, copy_bytes, copy_pieces
+from batchpipe.execute.copies import TierCopies
+from batchpipe.execute.link import EmulatedLink, Lane, Link, Mark, Transfer
 from batchpipe.execute.memory import NUM_STAGING_BUFFERS
 from batchpipe.execute.turn import Turn
 from batchpipe.execute.verify import ONE_IN, Verifier
@@ -34,7 +35,6 @@ from batchpipe.types import Int32Array, LinkUse, Step
 # Of loads at once: they give way to streams between two such pieces.
 PIECE_BYTES = 4 << 20
 IntArray = NDArray[np.int64]
-_INTEGERS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16
 
 
 class Tiers:
@@ -59,18 +59,10 @@ class Tiers:
         self.backend = WriteThrough(backend, self._before_layer, self._after_layer)
         self._pool = pool
         self._host_pool = host_pool
-        self._device_slots = _layer_slots(pool)
-        self._host_slots = _layer_slots(host_pool)
-        self._host_rows = host_pool.data.view(_INTEGERS[pool.dtype.itemsize]).numpy()
         self._streams_per_block = streams_per_block
         one_in = ONE_IN[kv_verify]
         self._verifier = Verifier(stage_index, pool, host_pool.num_blocks, one_in) if one_in else None
-        self._faults = {(one.kind, one.step_id, one.number) for one in (emulated.faults if emulated else ())}
-        shape = (max_step_tokens, pool.num_layers, 2, pool.num_kv_heads, pool.head_dim)
-        self._staging = [torch.zeros(shape, dtype=pool.dtype, device=pool.device) for _ in range(NUM_STAGING_BUFFERS)]
-        self._landing = self._staging  # where the host reads what was staged
-        if pool.device.type == "cuda":
-            self._landing = [torch.zeros(shape, dtype=pool.dtype, pin_memory=True) for _ in self._staging]
+        self._copies = TierCopies(pool, host_pool, max_step_tokens, emulated.faults if emulated else ())
         self._turns: dict[int, Turn] = {}  # announced and not computed, and the last two that are
         self._num_announced = 0
         self._num_computed = 0
@@ -96,9 +88,8 @@ class Tiers:
         self._turns[turn.number] = turn
         self._queue_streams(turn, [(part, marks) for part, marks in streams if len(part)])
         self._queue_loads(turn, after_loads)
-        self._queue(
-            turn, self._link.stores, partial(self._store, turn), turn.stored_bytes, [turn.computed], turn.stored
-        )
+        store = partial(self._store, turn)
+        self._queue(turn, self._link.stores, store, turn.stored_bytes, [turn.computed], turn.stored)
 
     def begin(self, step: Step) -> Int32Array | None:
         """Waits until the step can be computed; `AttentionInputs.stream_slots` where blocks of it are streamed."""
@@ -118,7 +109,7 @@ class Tiers:
         """
         turn = self._turns[self._num_computed]
         if self._verifier is not None:
-            turn.checks = self._verifier.stage(self._staged(turn, self._staging), turn.host_blocks)
+            turn.checks = self._verifier.stage(self._copies.staged(turn), turn.host_blocks)
             if self._verifier.looks_at_reads:
                 if (before := self._turns.get(turn.number - 1)) is not None:
                     self._link.wait(before.stored)
@@ -152,13 +143,13 @@ class Tiers:
         for layer, arrived in enumerate(turn.arrived):
             todo = parts if layer < 2 else [(everything, [turn.attended[layer - 2]])]
             for number, (part, after) in enumerate(todo, 1):
-                work = partial(self._stream, turn, layer, part)
+                work = partial(self._copies.stream, turn, layer, part)
                 num_bytes = len(part) * self._pool.bytes_per_block // self._pool.num_layers
                 done = arrived if number == len(todo) else self._link.mark()
                 self._queue(turn, self._link.loads, work, num_bytes, after, done, patient=False)
 
     def _queue_loads(self, turn: Turn, after: list[Mark]) -> None:
-        loads, late = self._with_faults(turn)
+        loads, late = self._copies.loads_of(turn)
         num_blocks = max(1, PIECE_BYTES // self._pool.bytes_per_block)
         for first in range(0, len(loads), num_blocks):
             turn.loaded.append(self._link.mark())
@@ -168,7 +159,7 @@ class Tiers:
 
     def _queue_load(self, turn: Turn, loads: list[tuple[int, int]], after: list[Mark], done: Mark) -> None:
         num_bytes = len(loads) * self._pool.bytes_per_block
-        self._queue(turn, self._link.loads, partial(self._load, loads), num_bytes, after, done)
+        self._queue(turn, self._link.loads, partial(self._copies.load, loads), num_bytes, after, done)
 
     def _queue(
         self,
@@ -192,7 +183,7 @@ class Tiers:
             self._wait(turn, turn.arrived[layer])
             if self._verifier is not None:
                 self._verifier.look_at_streams(layer, turn.transfers.streams, turn.stream_slots + layer % 2)
-        staged = self._staged(turn, self._staging)
+        staged = self._copies.staged(turn)
         staged[:, layer, KEY] = key
         staged[:, layer, VALUE] = value
 
@@ -200,10 +191,6 @@ class Tiers:
         turn = self._turns[self._num_computed]
         if turn.attended:
             self._link.set(turn.attended[layer])
-
-    def _staged(self, turn: Turn, buffers: list[Tensor]) -> Tensor:
-        """[T, L, 2, Hkv, D] of the step."""
-        return buffers[turn.number % NUM_STAGING_BUFFERS][: len(turn.host_blocks)]
 
     def _wait(self, turn: Turn, mark: Mark) -> None:
         if mark.is_reached:  # no stall, be it as short as looking takes
@@ -225,48 +212,11 @@ class Tiers:
                 self._spans.append((number, name, begun, ended))
         return LinkUse(loaded_bytes=turn.loaded_bytes, stored_bytes=turn.stored_bytes, **seconds)
 
-    def _with_faults(self, turn: Turn) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The step's loads, and those that are late; all but none where no fault is asked for."""
-        loads: list[tuple[int, int]] = []
-        late: list[tuple[int, int]] = []
-        for number, (host_block, block) in enumerate(turn.transfers.loads.tolist()):
-            asked_for = {kind for kind, step_id, n in self._faults if (step_id, n) == (turn.step.step_id, number)}
-            if "wrong_source" in asked_for:
-                host_block = (host_block + 1) % self._host_pool.num_blocks
-            if "wrong_target" in asked_for:
-                block = (block + 1) % self._pool.num_blocks
-            (late if "late" in asked_for else loads).append((host_block, block))
-        return loads, late
-
-    # -- by the threads of the link --------------------------------------------------------------------------------
-
-    def _load(self, loads: list[tuple[int, int]]) -> None:
-        pairs = np.array(loads, np.int32)
-        copy_pieces(self._device_slots.flatten(1), pairs[:, 1], self._host_slots.flatten(1), pairs[:, 0])
-
-    def _stream(self, turn: Turn, layer: int, part: IntArray) -> None:
-        slots, streams = turn.stream_slots[part] + layer % 2, turn.transfers.streams[part]
-        copy_pieces(self._device_slots.flatten(0, 1), slots, self._host_slots[:, layer], streams)
+    # -- by a thread of the link -----------------------------------------------------------------------------------
 
     def _store(self, turn: Turn) -> None:
-        landed = self._staged(turn, self._landing)
-        if self._landing is not self._staging:
-            landed.copy_(self._staged(turn, self._staging), non_blocking=True)
-            copied = self._link.mark()
-            copied.record()
-            copied.synchronize()
-        for source, target in turn.transfers.host_copies.tolist():
-            copy_bytes(self._host_slots[target], self._host_slots[source])
-        rows = landed.view(_INTEGERS[landed.dtype.itemsize]).numpy()
-        self._host_rows[turn.host_blocks, :, :, :, turn.host_rows] = rows
+        self._copies.store(turn)
         if self._verifier is not None:
             assert turn.checks is not None
             self._verifier.keep(turn.host_blocks, turn.host_rows, turn.checks, turn.transfers.host_copies)
-        for kind, step_id, number in self._faults:
-            if (kind, step_id) == ("flipped", turn.step.step_id):
-                self._host_rows[turn.host_blocks[number], 0, KEY, 0, turn.host_rows[number], 0] ^= 1
-
-
-def _layer_slots(pool: KvPool) -> Tensor:
-    """The pool's memory, uint8 [num_blocks, num_layers, bytes]."""
-    return pool.data.flatten(2).view(torch.uint8)
+        self._copies.spoil(turn)

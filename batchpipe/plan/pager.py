@@ -9,16 +9,12 @@ themselves (Pie, arXiv 2411.09317), which leaves more room to residents. Whom ne
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence as List
-from itertools import islice
 from math import ceil
-from statistics import fmean
 
 import numpy as np
 
 from batchpipe.plan.balance import balanced_draw
-from batchpipe.plan.cost import StepWork
 from batchpipe.plan.device_room import DeviceRoom
 from batchpipe.plan.load_budget import LoadBudget
 from batchpipe.plan.offload import batch_capacity_blocks
@@ -26,7 +22,7 @@ from batchpipe.plan.policy import Policy
 from batchpipe.plan.sequence import Sequence
 from batchpipe.plan.state import State
 from batchpipe.plan.step_builder import Chunk
-from batchpipe.plan.temporal import bottleneck_seconds
+from batchpipe.plan.step_forecast import StepForecast
 from batchpipe.types import Int32Array, StepResult, Transfers
 
 # Who waited longer than so many turns of its batch is loaded even where the link is late then.
@@ -50,9 +46,7 @@ class Pager:
         exposed_share = 1 / (2 * capacity.streams_per_block) if is_exposed else 0.0
         self._budget = LoadBudget(state.cost, capacity.block_tokens, exposed_share)
         self._loads_batches = capacity.offload == "batch" or (capacity.offload == "both" and not self._streams_layers)
-        self._decode_seconds: deque[float] = deque(maxlen=capacity.max_batches)  # predicted, of steps that decode
-        self._last_seconds: float | None = None  # predicted, of the step planned last
-        self._last_num_decodes = 0
+        self._forecast = StepForecast(state)
         self._step = 0
         self._loads: list[tuple[int, int]] = []
         self._streamed: set[int] = set()
@@ -78,9 +72,10 @@ class Pager:
     def draw(self, policy: Policy, num_decodes: int, num_prompt_tokens: int) -> list[Sequence]:
         """Who of the ready sequences decodes, at most so many, beside so many prompt tokens."""
         self._kept_free_blocks = 0
-        if self._streams_layers and num_prompt_tokens > 0:
+        waiting = self._state.waiting
+        if self._streams_layers and num_prompt_tokens > 0 and waiting and policy.admits(self._state, waiting.first):
             # Room for prompts: else whoever is on the device runs in every step, and nobody else ever comes.
-            self._kept_free_blocks = self._blocks_of_prompts(policy, num_prompt_tokens)
+            self._kept_free_blocks = self._state.blocks_of_prompts(num_prompt_tokens)
             self._room.make(0, self._kept_free_blocks + self._num_last_units)
         present: list[Sequence] = []
         absent: list[Sequence] = []
@@ -173,7 +168,7 @@ class Pager:
         )
         self._loads, self._units = [], []
         self._streamed.clear()
-        self._foresee(chunks)
+        self._forecast.foresee(chunks)
         return tables, transfers
 
     def observe(self, transfers: Transfers, result: StepResult) -> None:
@@ -193,8 +188,10 @@ class Pager:
         self._room.needed.update(sequence.sequence_id for sequence in present[:num_kept])
         if self._streams_layers:
             # A batch is as large as the last one was, near enough: batches change slowly.
-            num_expected = max(num_kept, min(num_decodes, self._last_num_decodes))
-            coming = self._stream(absent, num_decodes - num_kept, self._seconds_of(num_expected, num_prompt_tokens))
+            num_expected = max(num_kept, min(num_decodes, self._forecast.last_num_decodes))
+            coming = self._stream(
+                absent, num_decodes - num_kept, self._forecast.seconds_of(num_expected, num_prompt_tokens)
+            )
         else:
             coming = self._load(absent, num_decodes - num_kept)
             # The loads of this step and of the one before stand on the device beside every batch's residents.
@@ -206,7 +203,7 @@ class Pager:
 
     def _load(self, absent: list[Sequence], max_sequences: int) -> list[Sequence]:
         """Those of the absent, in line, whose blocks the link carries while the step before runs."""
-        limit_blocks = min(self._budget.blocks(self._last_seconds), self._room.most_cold_blocks)
+        limit_blocks = min(self._budget.blocks(self._forecast.last_seconds), self._room.most_cold_blocks)
         chosen = self._in_line(absent, max_sequences, limit_blocks)
         return [sequence for sequence in chosen if self._enter(sequence)]
 
@@ -252,21 +249,6 @@ class Pager:
                 self._streamed.add(sequence.sequence_id)
         return chosen
 
-    def _blocks_of_prompts(self, policy: Policy, num_tokens: int) -> int:
-        """Those that waiting prompts take in a step that has so many tokens for prompts."""
-        state = self._state
-        if not state.waiting or not policy.admits(state, state.waiting.first):
-            return 0
-        num_tokens -= sum(sequence.num_tokens - sequence.num_scheduled for sequence in state.prefilling)
-        num_blocks = 0
-        for sequence in islice(state.waiting, max(0, state.max_running - len(state.running))):
-            if num_tokens <= 0:
-                break
-            num_new = state.ledger.new_blocks_for(sequence.prompt, sequence.num_tokens)
-            num_blocks += num_new
-            num_tokens -= min(sequence.num_tokens, num_new * state.ledger.block_tokens)
-        return num_blocks
-
     def _units_of(self, num_streamed: int) -> int:
         return -(-num_streamed // self._state.capacity.streams_per_block)
 
@@ -278,38 +260,13 @@ class Pager:
         self._loads += self.residency.enter(sequence.sequence_id, blocks, self._step)
         return True
 
-    # -- what to expect --------------------------------------------------------------------------------------------
-
-    def _seconds_of(self, num_decodes: int, num_prompt_tokens: int) -> float | None:
-        """Predicted, of a step of average contexts; None where nothing is known of time."""
-        if self._state.cost is None or not self._state.running:
-            return None
-        context_tokens = self._state.context_tokens * num_decodes // len(self._state.running)
-        work = StepWork(num_decodes + num_prompt_tokens, num_decodes, num_decodes, context_tokens, 0)
-        return bottleneck_seconds(self._state.cost, work)
-
-    def _foresee(self, chunks: List[Chunk]) -> None:
-        """What the step that is planned will take, beside which the next one's loads will run."""
-        if self._state.cost is None:
-            return
-        queries, contexts, samples = zip(*((c.num_tokens, c.num_context, c.samples) for c in chunks), strict=True)
-        work = StepWork.of(np.array(queries, np.int32), np.array(contexts, np.int32), np.array(samples, np.bool_))
-        self._last_seconds = bottleneck_seconds(self._state.cost, work)
-        # A prompt's last token alone counts as a decode in `work`.
-        if num_decodes := sum(c.num_tokens == 1 and bool(c.sequence.generated) for c in chunks):
-            self._decode_seconds.append(self._last_seconds)
-            self._last_num_decodes = num_decodes
-
     def _limit_blocks(self) -> int:
         """KV that can be kept in motion: the capacity law, of at least what the device holds."""
         capacity = self._state.capacity
         num_batches, num_device = capacity.max_batches, capacity.num_blocks
-        if self._decode_seconds:
-            seconds: float | None = fmean(self._decode_seconds)
-        else:
-            seconds = self._seconds_of(ceil(len(self._state.running) / num_batches), 0)
         num_buffers = 1 / capacity.streams_per_block if self._streams_layers else 2.0
-        each = batch_capacity_blocks(num_device, self._budget.blocks(seconds), num_batches, num_buffers)
+        budget_blocks = self._budget.blocks(self._forecast.decode_seconds)
+        each = batch_capacity_blocks(num_device, budget_blocks, num_batches, num_buffers)
         return max(num_device, min(int(num_batches * each), self._state.ledger.num_blocks))
 
     def check_integrity(self) -> None:

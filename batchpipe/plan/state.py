@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from batchpipe.kv.ledger import BlockLedger
 from batchpipe.plan.cost import CostModel
@@ -49,3 +50,15 @@ class State:
         if num_spare <= num_reserved:
             return False
         return self.ledger.new_blocks_for(sequence.prompt, sequence.num_tokens) + num_reserved <= num_spare
+
+    def blocks_of_prompts(self, num_tokens: int) -> int:
+        """What the waiting prompts would take that can begin in a step with so many tokens for prompts."""
+        num_tokens -= sum(sequence.num_tokens - sequence.num_scheduled for sequence in self.prefilling)
+        num_blocks = 0
+        for sequence in islice(self.waiting, max(0, self.max_running - len(self.running))):
+            if num_tokens <= 0:
+                break
+            num_new = self.ledger.new_blocks_for(sequence.prompt, sequence.num_tokens)
+            num_blocks += num_new
+            num_tokens -= min(sequence.num_tokens, num_new * self.ledger.block_tokens)
+        return num_blocks

@@ -71,6 +71,15 @@ class Survival:
         expected: FloatArray = areas[classes, left] + (self.alive[classes, left] + ends) / 2 * rest + (1 - ends) / 2
         return expected
 
+    def expected_left(self, classes: Int32Array, num_tokens: Int32Array, max_tokens: Int32Array) -> FloatArray:
+        """The mean of min(length, max_tokens) - num_tokens of rows that came so far and have not ended, a row each.
+
+        At least one token: who is longer than the curve goes on all the same.
+        """
+        more = self.expected_tokens(classes, max_tokens) - self.expected_tokens(classes, num_tokens)
+        alive = np.maximum(self.at(classes, num_tokens.astype(np.float64)), 1e-9)
+        return np.clip(more / alive, 1.0, np.maximum(max_tokens - num_tokens, 1))
+
     def variances(self, classes: Int32Array, max_tokens: Int32Array) -> FloatArray:
         """The variance of min(length, max_tokens) in square tokens, a row each: from the integral of 2 t P(length > t).
 

@@ -2,6 +2,6 @@
 
 from batchpipe.report.meter import Meter
 from batchpipe.report.metrics import RunMetrics, append_metrics, read_metrics
-from batchpipe.report.progress import Progress
+from batchpipe.report.progress import Progress, Reading
 
-__all__ = ["Meter", "Progress", "RunMetrics", "append_metrics", "read_metrics"]
+__all__ = ["Meter", "Progress", "Reading", "RunMetrics", "append_metrics", "read_metrics"]

@@ -21,8 +21,9 @@ WINDOW_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
-    at_seconds: float
+class Reading:
+    """Rows are the job's so far, tokens this run's. fraction: of the job's work, what is done, if known."""
+
     rows_done: int = 0
     rows_failed: int = 0
     input_tokens: int = 0
@@ -31,11 +32,15 @@ class _Reading:
 
 
 class Progress:
-    """Shows how far a run is. `total_rows` is None where the input does not tell; the fraction read tells then."""
+    """Shows how far a run is. `total_rows` is None where the input does not tell; the fraction tells then.
+
+    read: asked whenever a line is due, and once at the end.
+    """
 
     def __init__(
         self,
         total_rows: int | None,
+        read: Callable[[], Reading],
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -43,44 +48,40 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._total_rows = total_rows
-        self._first: _Reading | None = None
-        self._window: deque[_Reading] = deque()
-        self._last_update: tuple[int, int, int, int, float | None] | None = None
+        self._read = read
+        self._first: tuple[float, Reading] | None = None
+        self._window: deque[tuple[float, Reading]] = deque()
         self._started_seconds = clock()
         self._show, self._finish, self._every_seconds = self._choose_display()
         self._due_seconds = self._started_seconds
 
-    def update(
-        self, rows_done: int, rows_failed: int, input_tokens: int, output_tokens: int, fraction: float | None
-    ) -> None:
-        """Rows are the job's so far, tokens this run's, `fraction` the part of the input that is read, if known.
-
-        Does nothing but look at the clock where no line is due.
-        """
-        self._last_update = (rows_done, rows_failed, input_tokens, output_tokens, fraction)
+    def tick(self) -> None:
+        """Does nothing but look at the clock where no line is due."""
         now_seconds = self._clock()
         if now_seconds >= self._due_seconds:
             self._due_seconds = now_seconds + self._every_seconds
-            self._read(_Reading(now_seconds, *self._last_update))
+            self._take_reading(now_seconds)
 
-    def _read(self, reading: _Reading) -> None:
-        self._first = self._first or reading
-        self._window.append(reading)
-        while reading.at_seconds - self._window[0].at_seconds > WINDOW_SECONDS:
+    def _take_reading(self, now_seconds: float) -> None:
+        reading = self._read()
+        self._first = self._first or (now_seconds, reading)
+        self._window.append((now_seconds, reading))
+        while now_seconds - self._window[0][0] > WINDOW_SECONDS:
             self._window.popleft()
         self._show(reading)
 
-    def _line(self, reading: _Reading) -> str:
+    def _line(self, reading: Reading) -> str:
         rows = f"{reading.rows_done:,} rows"
         if self._total_rows is not None:
             share = reading.rows_done / self._total_rows if self._total_rows else 1.0
             rows = f"{reading.rows_done:,} of {self._total_rows:,} rows ({share:.1%})"
         return f"{rows}, {self._details(reading)}"
 
-    def _details(self, reading: _Reading) -> str:
-        oldest = self._window[0] if len(self._window) > 1 else _Reading(self._started_seconds)
-        recent_seconds = max(reading.at_seconds - oldest.at_seconds, 1e-9)
-        overall_seconds = max(reading.at_seconds - self._started_seconds, 1e-9)
+    def _details(self, reading: Reading) -> str:
+        now_seconds, _ = self._window[-1]
+        oldest_seconds, oldest = self._window[0] if len(self._window) > 1 else (self._started_seconds, Reading())
+        recent_seconds = max(now_seconds - oldest_seconds, 1e-9)
+        overall_seconds = max(now_seconds - self._started_seconds, 1e-9)
         input_rate = (reading.input_tokens - oldest.input_tokens) / recent_seconds
         output_rate = (reading.output_tokens - oldest.output_tokens) / recent_seconds
         overall_rate = reading.output_tokens / overall_seconds
@@ -91,15 +92,16 @@ class Progress:
         seconds_left = self._seconds_left(reading)
         return line if seconds_left is None else f"{line} | {timedelta(seconds=round(seconds_left))} left"
 
-    def _seconds_left(self, reading: _Reading) -> float | None:
+    def _seconds_left(self, reading: Reading) -> float | None:
         """As much again as this run has taken for its share; what earlier runs did does not count as its speed."""
-        first = self._first
-        if first is None or first.fraction is None or reading.fraction is None or reading.fraction <= first.fraction:
+        assert self._first is not None
+        first_seconds, first = self._first
+        if first.fraction is None or reading.fraction is None or reading.fraction <= first.fraction:
             return None
-        seconds = reading.at_seconds - first.at_seconds
+        seconds = self._window[-1][0] - first_seconds
         return seconds * (1 - reading.fraction) / (reading.fraction - first.fraction)
 
-    def _choose_display(self) -> tuple[Callable[[_Reading], None], Callable[[], None], float]:
+    def _choose_display(self) -> tuple[Callable[[Reading], None], Callable[[], None], float]:
         """How a reading is shown, how the display ends, and the seconds between two readings."""
         if "ipykernel" in sys.modules:
             return *self._notebook_display(), TERMINAL_SECONDS
@@ -107,18 +109,18 @@ class Progress:
             return self._redraw, lambda: self._emit("\n"), TERMINAL_SECONDS
         return lambda reading: self._emit(self._line(reading) + "\n"), lambda: None, PLAIN_SECONDS
 
-    def _notebook_display(self) -> tuple[Callable[[_Reading], None], Callable[[], None]]:
+    def _notebook_display(self) -> tuple[Callable[[Reading], None], Callable[[], None]]:
         from tqdm.auto import tqdm
 
         bar = tqdm(total=self._total_rows, file=self._stream, unit="row")
 
-        def show(reading: _Reading) -> None:
+        def show(reading: Reading) -> None:
             bar.n = reading.rows_done
             bar.set_postfix_str(self._details(reading))
 
         return show, bar.close
 
-    def _redraw(self, reading: _Reading) -> None:
+    def _redraw(self, reading: Reading) -> None:
         width = shutil.get_terminal_size().columns - 1
         self._emit("\r" + self._line(reading)[:width].ljust(width))
 
@@ -133,6 +135,5 @@ class Progress:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Shows where the run ended."""
-        if self._last_update is not None:
-            self._read(_Reading(self._clock(), *self._last_update))
+        self._take_reading(self._clock())
         self._finish()

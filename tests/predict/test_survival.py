@@ -71,3 +71,20 @@ def test_stretched_curves_have_longer_rows_and_let_more_reach_the_limit() -> Non
         survival.stretched(0.5).expected_tokens(classes, endless) < survival.expected_tokens(classes, endless)
     ).all()
     np.testing.assert_array_equal(survival.stretched(1.0).alive, survival.alive)
+
+
+@pytest.mark.parametrize(("num_tokens", "limit"), [(0, MAX_TOKENS), (30, 437), (200, 437), (430, 437)])
+def test_what_is_left_of_rows_that_run_is_what_the_longer_ones_have_left(num_tokens: int, limit: int) -> None:
+    classes = np.repeat([0, 1], 400_000).astype(np.int32)
+    drawn = np.minimum(lengths(np.random.default_rng(3), classes), limit).reshape(2, -1)
+    found = curves().expected_left(
+        np.arange(2, dtype=np.int32), np.full(2, num_tokens, np.int32), np.full(2, limit, np.int32)
+    )
+    for left, of_class in zip(found, drawn, strict=True):
+        if (longer := of_class[of_class > num_tokens]).size > 1000:
+            assert left == pytest.approx((longer - num_tokens).mean(), rel=0.04)
+
+
+def test_who_is_longer_than_all_that_is_known_has_a_token_left() -> None:
+    classes, limits = np.zeros(3, np.int32), np.array([1000, 1000, 700], np.int32)
+    assert curves().expected_left(classes, np.array([600, 900, 700], np.int32), limits).tolist() == [1, 1, 1]

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from batchpipe.report import Progress
+from batchpipe.report import Progress, Reading
 
 
 class Terminal(io.StringIO):
@@ -20,30 +20,45 @@ class Clock:
         return self.now_seconds
 
 
+class Run:
+    def __init__(self):
+        self.reading = Reading()
+
+    def __call__(self):
+        return self.reading
+
+
+@pytest.fixture
+def run():
+    return Run()
+
+
 @pytest.fixture
 def clock():
     return Clock()
 
 
-def test_plain_lines_come_every_five_seconds_and_at_the_end(clock):
+def test_plain_lines_come_every_five_seconds_and_at_the_end(run, clock):
     stream = io.StringIO()
-    with Progress(100, stream, clock) as progress:
+    with Progress(100, run, stream, clock) as progress:
         for second in range(12):
             clock.now_seconds = 1000.0 + second
-            progress.update(second, 1, 10 * second, 20 * second, second / 100)
+            run.reading = Reading(second, 1, 10 * second, 20 * second, second / 100)
+            progress.tick()
     lines = stream.getvalue().splitlines()
     assert [line.partition(" of")[0] for line in lines] == ["0", "5", "10", "11"]
     assert lines[1] == "5 of 100 rows (5.0%), 1 failed | tokens/s: 10 in, 20 out (20 overall) | 0:01:35 left"
     assert stream.getvalue().endswith("\n") and "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
-def test_a_terminal_gets_one_line_that_is_redrawn(clock, monkeypatch):
+def test_a_terminal_gets_one_line_that_is_redrawn(run, clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     stream = Terminal()
-    with Progress(None, stream, clock) as progress:
+    with Progress(None, run, stream, clock) as progress:
         for step in range(3):
             clock.now_seconds += 1
-            progress.update(1000 * step, 0, 0, step, None)
+            run.reading = Reading(1000 * step, 0, 0, step, None)
+            progress.tick()
     drawn = stream.getvalue()
     assert drawn.count("\n") == 1 and drawn.endswith("\n") and "\x1b" not in drawn
     pieces = drawn[:-1].split("\r")[1:]
@@ -51,43 +66,49 @@ def test_a_terminal_gets_one_line_that_is_redrawn(clock, monkeypatch):
     assert pieces[-1].startswith("2,000 rows, 0 failed")
 
 
-def test_the_recent_rate_forgets_what_is_long_ago(clock):
+def test_the_recent_rate_forgets_what_is_long_ago(run, clock):
     stream = io.StringIO()
-    progress = Progress(None, stream, clock)
+    progress = Progress(None, run, stream, clock)
     for _ in range(20):
         clock.now_seconds += 5
-        progress.update(0, 0, 0, 1000, None)
+        run.reading = Reading(0, 0, 0, 1000, None)
+        progress.tick()
     assert stream.getvalue().splitlines()[-1].endswith("0 in, 0 out (10 overall)")
 
 
-def test_time_left_goes_by_what_this_run_did(clock):
+def test_time_left_goes_by_what_this_run_did(run, clock):
     stream = io.StringIO()
-    progress = Progress(100, stream, clock)
-    progress.update(80, 0, 0, 0, 0.8)
+    progress = Progress(100, run, stream, clock)
+    run.reading = Reading(80, 0, 0, 0, 0.8)
+    progress.tick()
     clock.now_seconds += 60
-    progress.update(90, 0, 0, 0, 0.9)
+    run.reading = Reading(90, 0, 0, 0, 0.9)
+    progress.tick()
     first, second = stream.getvalue().splitlines()
     assert "left" not in first and second.endswith("0:01:00 left")
 
 
-def test_an_empty_input_is_all_done(clock):
+def test_an_empty_input_is_all_done(run, clock):
     stream = io.StringIO()
-    with Progress(0, stream, clock) as progress:
-        progress.update(0, 0, 0, 0, 1.0)
+    with Progress(0, run, stream, clock) as progress:
+        run.reading = Reading(0, 0, 0, 0, 1.0)
+        progress.tick()
     assert stream.getvalue().startswith("0 of 0 rows (100.0%)")
 
 
-def test_nothing_goes_to_stdout(capsys):
-    with Progress(1) as progress:
-        progress.update(1, 0, 2, 3, 1.0)
+def test_nothing_goes_to_stdout(run, capsys):
+    with Progress(1, run) as progress:
+        run.reading = Reading(1, 0, 2, 3, 1.0)
+        progress.tick()
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("1 of 1 rows (100.0%)")
 
 
-def test_a_notebook_gets_a_tqdm_bar(clock, monkeypatch):
+def test_a_notebook_gets_a_tqdm_bar(run, clock, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     stream = io.StringIO()
-    with Progress(10, stream, clock) as progress:
+    with Progress(10, run, stream, clock) as progress:
         clock.now_seconds += 1
-        progress.update(4, 1, 10, 20, None)
+        run.reading = Reading(4, 1, 10, 20, None)
+        progress.tick()
     assert "4/10" in stream.getvalue() and "1 failed | tokens/s: 10 in, 20 out" in stream.getvalue()
