@@ -14,6 +14,7 @@ from batchpipe.execute.link import Fault, Mark, copy_bytes, copy_pieces
 from batchpipe.execute.memory import NUM_STAGING_BUFFERS
 from batchpipe.execute.turn import Turn
 from batchpipe.kv.pool import KEY, KvPool
+from batchpipe.types import Int32Array
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16
 
@@ -38,22 +39,27 @@ class TierCopies:
         """[T, L, 2, Hkv, D]: the new KV of the step, for computing to fill."""
         return _of(turn, self._staging)
 
-    def loads_of(self, turn: Turn) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The step's loads, and those that are late; all but none where no fault is asked for."""
-        loads: list[tuple[int, int]] = []
-        late: list[tuple[int, int]] = []
-        for number, (host_block, block) in enumerate(turn.transfers.loads.tolist()):
-            asked_for = {kind for kind, step_id, n in self._faults if (step_id, n) == (turn.step.step_id, number)}
-            if "wrong_source" in asked_for:
-                host_block = (host_block + 1) % len(self._host_slots)
-            if "wrong_target" in asked_for:
-                block = (block + 1) % self._num_blocks
-            (late if "late" in asked_for else loads).append((host_block, block))
-        return loads, late
+    def loads_of(self, turn: Turn) -> tuple[Int32Array, Int32Array]:
+        """The step's loads [M, 2], and those that are late: none, where no fault is asked for."""
+        loads = turn.transfers.loads.copy()
+        is_late = np.zeros(len(loads), np.bool_)
+        for kind, step_id, number in self._faults:
+            if step_id != turn.step.step_id or number >= len(loads):
+                continue
+            if kind == "wrong_source":
+                loads[number, 0] = (loads[number, 0] + 1) % len(self._host_slots)
+            elif kind == "wrong_target":
+                loads[number, 1] = (loads[number, 1] + 1) % self._num_blocks
+            elif kind == "late":
+                is_late[number] = True
+        return loads[~is_late], loads[is_late]
 
-    def load(self, loads: list[tuple[int, int]]) -> None:
-        pairs = np.array(loads, np.int32)
-        copy_pieces(self._device_slots.flatten(1), pairs[:, 1], self._host_slots.flatten(1), pairs[:, 0])
+    def load(self, loads: Int32Array) -> None:
+        """Whole blocks [M, 2]: (host, device block)."""
+        copy_pieces(self._device_slots.flatten(1), loads[:, 1], self._host_slots.flatten(1), loads[:, 0])
+
+    def load_layer(self, loads: Int32Array, layer: int) -> None:
+        copy_pieces(self._device_slots[:, layer], loads[:, 1], self._host_slots[:, layer], loads[:, 0])
 
     def stream(self, turn: Turn, layer: int, part: NDArray[np.int64]) -> None:
         """One layer of those of the step's streamed blocks."""

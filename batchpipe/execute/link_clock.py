@@ -3,7 +3,8 @@
 Steps come in their order, each with what it moves (`types.Transfers`). Its loads begin once it was submitted and the
 step before the previous one is computed; its first two layers of streamed blocks like loads, each further layer once
 the layer two before it is computed; its new tokens' rows go to the host after it. It computes once its loads are there,
-a layer once the layer's streams are, and once one of the two staging buffers for rows is free.
+a layer once the layer's streams are, and once one of the two staging buffers for rows is free. Where nothing computes
+any more when a step is submitted, its loads come layer by layer, too.
 """
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ class LinkClock:
         sources = np.concatenate([moved.loads, moved.streams])
         opens = max(submitted, self._computed[0], self._on_host[sources].max(initial=0.0))
         start = max(due, self._stored[0])
-        if loads:
+        by_layer = loads if submitted >= self._computed[1] else 0
+        if loads > by_layer:
             start = max(start, self._loads.carry(opens, loads / load_rate))
-        waited = self._stream(opens, start, work_seconds, streams / load_rate) if streams else 0.0
+        waited = self._wait_by_layer(opens, start, work_seconds, streams / load_rate, by_layer / load_rate)
         end = start + work_seconds + waited
         stored_bytes = moved.num_rows * self._link.kv_bytes_per_token
         store_seconds = stored_bytes / (link_share * self._link.store_bytes_per_second)
@@ -82,13 +84,19 @@ class LinkClock:
         )
         return end, use
 
-    def _stream(self, opens: float, start: float, work_seconds: float, stream_seconds: float) -> float:
-        """How long computing waits, layer by layer, for the layer's part of the streams."""
+    def _wait_by_layer(
+        self, opens: float, start: float, work_seconds: float, stream_seconds: float, load_seconds: float
+    ) -> float:
+        """How long computing waits, layer by layer, for the layer's part of streams and loads."""
         num_layers = self._link.num_layers
         waited = 0.0
         two_before, before = opens, opens  # when the layers' slots are free
-        for layer in range(num_layers):
-            arrived = self._loads.carry(two_before, stream_seconds / num_layers)
+        for layer in range(num_layers if stream_seconds or load_seconds else 0):
+            arrived = opens
+            if stream_seconds:
+                arrived = self._loads.carry(two_before, stream_seconds / num_layers)
+            if load_seconds:
+                arrived = max(arrived, self._loads.carry(opens, load_seconds / num_layers))
             waited = max(waited, arrived - start - work_seconds * layer / num_layers)
             two_before, before = before, start + waited + work_seconds * (layer + 1) / num_layers
         return waited

@@ -7,6 +7,7 @@ j - 2 has been computed, so it runs beside step j - 1; what it reads must have b
     from host                  │ loads of j, its streams' first │ layer l of the streams once l - 2 is attended
     to host                    │ new KV of j-2                  │ new KV of j-1
 
+Where nothing computes any more when step j is announced, its loads come layer by layer, too, beside its own computing.
 New KV is gathered in one of two staging buffers, by layer, as attention gets it, and spread over the host's blocks once
 the step is computed. The lane from the host does first what is wanted first: an earlier step's; streams before loads.
 """
@@ -72,7 +73,9 @@ class Tiers:
 
     def announce(self, step: Step) -> None:
         """Queues all that the step moves; it begins as soon as it may."""
-        turn = Turn.of(step, self._num_announced, self._pool, self._streams_per_block, self._link)
+        is_alone = self._num_computed == self._num_announced
+        number, units = self._num_announced, self._streams_per_block
+        turn = Turn.of(step, number, self._pool, units, self._link, is_alone=is_alone)
         self._num_announced += 1
         transfers = turn.transfers
         before = self._turns.get(turn.number - 2)
@@ -96,10 +99,11 @@ class Tiers:
         turn = self._turns[self._num_computed]
         assert turn.step is step, "a step runs out of turn"
         staged_before = self._turns.get(turn.number - NUM_STAGING_BUFFERS)
-        for mark in [*turn.loaded, *([] if staged_before is None else [staged_before.stored])]:
+        loaded = [] if turn.loads_by_layer else turn.loaded
+        for mark in [*loaded, *([] if staged_before is None else [staged_before.stored])]:
             self._wait(turn, mark)
         if self._verifier is not None:
-            self._verifier.look_at_loads(turn.transfers)
+            self._verifier.begin(turn.transfers, loads_by_layer=turn.loads_by_layer)
         return turn.stream_slots if len(turn.stream_slots) else None
 
     def finish(self) -> tuple[LinkUse, dict[int, str]]:
@@ -150,16 +154,23 @@ class Tiers:
 
     def _queue_loads(self, turn: Turn, after: list[Mark]) -> None:
         loads, late = self._copies.loads_of(turn)
-        num_blocks = max(1, PIECE_BYTES // self._pool.bytes_per_block)
-        for first in range(0, len(loads), num_blocks):
-            turn.loaded.append(self._link.mark())
-            self._queue_load(turn, loads[first : first + num_blocks], after, turn.loaded[-1])
-        if late:
-            self._queue_load(turn, late, [turn.computed], self._link.mark())
-
-    def _queue_load(self, turn: Turn, loads: list[tuple[int, int]], after: list[Mark], done: Mark) -> None:
-        num_bytes = len(loads) * self._pool.bytes_per_block
-        self._queue(turn, self._link.loads, partial(self._copies.load, loads), num_bytes, after, done)
+        block_bytes, num_layers = self._pool.bytes_per_block, self._pool.num_layers
+        if turn.loads_by_layer:
+            for layer in range(num_layers):
+                turn.loaded.append(self._link.mark())
+                work = partial(self._copies.load_layer, loads, layer)
+                num_bytes = len(loads) * block_bytes // num_layers
+                self._queue(turn, self._link.loads, work, num_bytes, after, turn.loaded[-1])
+        else:
+            num_blocks = max(1, PIECE_BYTES // block_bytes)
+            for first in range(0, len(loads), num_blocks):
+                turn.loaded.append(self._link.mark())
+                part = loads[first : first + num_blocks]
+                work = partial(self._copies.load, part)
+                self._queue(turn, self._link.loads, work, len(part) * block_bytes, after, turn.loaded[-1])
+        if len(late):
+            work, done = partial(self._copies.load, late), self._link.mark()
+            self._queue(turn, self._link.loads, work, len(late) * block_bytes, [turn.computed], done)
 
     def _queue(
         self,
@@ -179,10 +190,13 @@ class Tiers:
 
     def _before_layer(self, layer: int, key: Tensor, value: Tensor) -> None:
         turn = self._turns[self._num_computed]
-        if turn.arrived:
-            self._wait(turn, turn.arrived[layer])
-            if self._verifier is not None:
-                self._verifier.look_at_streams(layer, turn.transfers.streams, turn.stream_slots + layer % 2)
+        marks = [turn.arrived[layer]] if turn.arrived else []
+        if turn.loads_by_layer:
+            marks.append(turn.loaded[layer])
+        for mark in marks:
+            self._wait(turn, mark)
+        if self._verifier is not None and marks:
+            self._verifier.look_at_layer(layer, turn.transfers, turn.stream_slots)
         staged = self._copies.staged(turn)
         staged[:, layer, KEY] = key
         staged[:, layer, VALUE] = value

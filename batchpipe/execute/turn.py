@@ -21,11 +21,12 @@ class Turn:
     transfers: Transfers
     stream_units: Int32Array  # [V]: the device block of each streamed block
     stream_slots: Int32Array  # [V]: as `AttentionInputs.stream_slots`
+    loads_by_layer: bool  # nothing computes beside the step's loads, so they come beside its own layers
     host_blocks: Int32Array  # [T]: where each new token's KV goes
     host_rows: Int32Array  # [T]
     loaded_bytes: int  # and streamed
     stored_bytes: int
-    loaded: list[Mark]
+    loaded: list[Mark]  # of loads by layer [L]: a layer of them is on the device
     arrived: list[Mark]  # [L], [0] where V is 0: a layer of the streams is on the device
     attended: list[Mark]  # as long: it may be overwritten
     computed: Mark
@@ -33,7 +34,7 @@ class Turn:
     checks: Tensor | None = None  # int64, of those new tokens that are looked at
 
     @classmethod
-    def of(cls, step: Step, number: int, pool: KvPool, streams_per_block: int, link: Link) -> Turn:
+    def of(cls, step: Step, number: int, pool: KvPool, streams_per_block: int, link: Link, *, is_alone: bool) -> Turn:
         transfers = step.transfers
         assert transfers is not None, "a step without transfers where there are two tiers"
         num_streams = len(transfers.streams)
@@ -43,6 +44,8 @@ class Turn:
         sequences = np.repeat(np.arange(len(step.query_lengths)), step.query_lengths)
         first_rows = np.cumsum(step.query_lengths) - step.query_lengths
         positions = np.arange(len(sequences)) + (step.context_lengths - first_rows)[sequences]
+        # What the step copies before its first layer must be there whole.
+        is_copied = np.isin(transfers.loads[:, 1], step.copied_blocks[:, 0])
         layers_that_wait = range(pool.num_layers if num_streams else 0)
         return cls(
             number=number,
@@ -50,6 +53,7 @@ class Turn:
             transfers=transfers,
             stream_units=units,
             stream_slots=units * pool.num_layers + 2 * pairs,
+            loads_by_layer=is_alone and len(is_copied) > 0 and not is_copied.any(),
             host_blocks=transfers.host_tables[sequences, positions // pool.block_tokens],
             host_rows=(positions % pool.block_tokens).astype(np.int32),
             loaded_bytes=(len(transfers.loads) + num_streams) * pool.bytes_per_block,

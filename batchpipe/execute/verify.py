@@ -36,7 +36,7 @@ class _Returned:
 
 
 class Verifier:
-    """One stage's. In a step: `look_at_loads`, for every layer `look_at_streams` if it has any, `stage`,
+    """One stage's. In a step: `begin`, for every layer `look_at_layer` if anything comes by layer, `stage`,
     `look_at_reads` if it `looks_at_reads`, `corrupt`.
     """
 
@@ -49,26 +49,39 @@ class Verifier:
         self._on_host = HostChecks(num_host_blocks, pool.block_tokens)
         self._tainted: dict[int, str] = {}  # by device block, what is wrong
         self._overwritten: dict[int, str] = {}  # of the blocks that the step read
+        self._loads_by_layer = False
         self._loaded: _Returned | None = None
         self._streamed: _Returned | None = None
 
-    def look_at_loads(self, transfers: Transfers) -> None:
-        """Once the loads of a step are on the device, before anything else is written there or on the host."""
-        indices, expected = self._look(transfers.loads[:, 0])
-        blocks = self._pool.data[self._index(transfers.loads[indices, 1])]
-        self._loaded = _Returned(indices, expected, block_checks(blocks, self._weights))
+    def begin(self, transfers: Transfers, *, loads_by_layer: bool) -> None:
+        """Once whole loads are on the device, before anything else is written there or on the host."""
+        self._loads_by_layer = loads_by_layer
         self._streamed = None
+        if not loads_by_layer:
+            self._loaded = self._to_look_at(transfers.loads[:, 0])
+            blocks = self._pool.data[self._index(transfers.loads[self._loaded.indices, 1])]
+            self._loaded.found.add_(block_checks(blocks, self._weights))
 
-    def look_at_streams(self, layer: int, streams: Int32Array, slots: Int32Array) -> None:
-        """Once layer `layer` of all streamed host blocks [V] is in slots [V], before anything is written there."""
+    def look_at_layer(self, layer: int, transfers: Transfers, stream_slots: Int32Array) -> None:
+        """Once this layer of all that comes by layer is on the device, before anything is written there.
+
+        stream_slots [V]: as `AttentionInputs.stream_slots`.
+        """
         if layer == 0:
-            # What they must hold is known by now: all that was stored in them before has been.
-            indices, expected = self._look(streams)
-            nothing = torch.zeros((len(indices), self._pool.block_tokens), dtype=torch.int64, device=self._pool.device)
-            self._streamed = _Returned(indices, expected, nothing)
-        assert self._streamed is not None
-        blocks = self._pool.data.flatten(0, 1)[self._index(slots[self._streamed.indices])]
-        self._streamed.found.add_(block_checks(blocks[:, None], self._weights[layer : layer + 1]))
+            # What blocks must hold is known by now: all that was stored in them before has been.
+            self._streamed = self._to_look_at(transfers.streams)
+            if self._loads_by_layer:
+                self._loaded = self._to_look_at(transfers.loads[:, 0])
+        assert self._streamed is not None and self._loaded is not None
+        self._add_layer(self._streamed, layer, stream_slots + np.int32(layer % 2))
+        if self._loads_by_layer:
+            first_slots = transfers.loads[:, 1] * np.int32(self._pool.num_layers)
+            self._add_layer(self._loaded, layer, first_slots + np.int32(layer))
+
+    def _add_layer(self, returned: _Returned, layer: int, slots: Int32Array) -> None:
+        """slots: of this layer of all blocks, those that are not looked at among them."""
+        blocks = self._pool.data.flatten(0, 1)[self._index(slots[returned.indices])]
+        returned.found.add_(block_checks(blocks[:, None], self._weights[layer : layer + 1]))
 
     def look_at_reads(self, step: Step, transfers: Transfers) -> None:
         """Once the step is computed and all that was computed before it is on the host, before anything else moves."""
@@ -144,9 +157,11 @@ class Verifier:
         """Indices of those that are."""
         return np.flatnonzero(host_blocks % self._one_in == 0).astype(np.int32)
 
-    def _look(self, host_blocks: Int32Array) -> tuple[Int32Array, Expected]:
+    def _to_look_at(self, host_blocks: Int32Array) -> _Returned:
         indices = self._looked_at(host_blocks)
-        return indices, self._on_host.look(host_blocks[indices])
+        shape = (len(indices), self._pool.block_tokens)
+        nothing = torch.zeros(shape, dtype=torch.int64, device=self._pool.device)
+        return _Returned(indices, self._on_host.look(host_blocks[indices]), nothing)
 
     def _index(self, numbers: Int32Array) -> Tensor:
         return torch.from_numpy(numbers).long().to(self._pool.device)

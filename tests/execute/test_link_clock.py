@@ -59,11 +59,12 @@ def test_a_lane_fills_gaps_behind_what_was_promised_before() -> None:
 def test_one_stage_loads_beside_the_step_before() -> None:
     """A block takes a second, and a token's computing. Two batches circulate, so the second step is known early."""
     pipeline = tiered(TokenCost((1.0,), kv_links=(NO_ROWS,)), max_batches=2)
-    pipeline.submit(step_of(0, 4, transfers=moves(loads=(50, 51))))  # loads 0 to 2, computes 2 to 6
-    pipeline.submit(step_of(1, 4, transfers=moves(loads=(52, 53, 54), writes=20)))  # loads 2 to 5, computes 6 to 10
+    # Nothing computes beside its loads, so they come by layer: 0 to 1 and 1 to 2; computes 1 to 5.
+    pipeline.submit(step_of(0, 4, transfers=moves(loads=(50, 51))))
+    pipeline.submit(step_of(1, 4, transfers=moves(loads=(52, 53, 54), writes=20)))  # loads 2 to 5, computes 5 to 9
     first, second = pipeline.collect(), pipeline.collect()
-    assert first.stage_seconds == (6.0,)
-    assert first.link_uses == (LinkUse(2.0, 16, 8, 2.0, 8 / 2.0**40),)
+    assert first.stage_seconds == (5.0,)
+    assert first.link_uses == (LinkUse(1.0, 16, 8, 2.0, 8 / 2.0**40),)
     assert second.stage_seconds == (4.0,)
     assert stalls(second) == (0.0,)
 
@@ -84,9 +85,23 @@ def test_loads_begin_once_their_step_is_submitted() -> None:
     pipeline = tiered(TokenCost((1.0,), control_seconds=0.5, kv_links=(NO_ROWS,)), max_batches=2)
     pipeline.submit(step_of(0, 4, transfers=moves()))  # 0 to 4
     pipeline.collect()
-    pipeline.submit(step_of(1, 1, transfers=moves(loads=(50,), writes=20)))  # decided at 4.5, loads until 5.5
-    assert stalls(pipeline.collect()) == (1.0,)
-    assert pipeline.stages.now_seconds == 6.5
+    # Decided at 4.5, when nothing computes any more: the first layer's load until 5, computes until 6.
+    pipeline.submit(step_of(1, 1, transfers=moves(loads=(50,), writes=20)))
+    assert stalls(pipeline.collect()) == (0.5,)
+    assert pipeline.stages.now_seconds == 6.0
+
+
+def test_a_load_by_layer_runs_ahead_of_the_layers_that_compute() -> None:
+    """Three layers compute for 1, 1 and 1; their loads take 2 each: the last comes at 6. Whole, they would end at 9."""
+    link = replace(NO_ROWS, num_layers=3, load_bytes_per_second=4.0)
+    pipeline = tiered(TokenCost((3.0,), kv_links=(link,)), max_batches=2)
+    pipeline.submit(step_of(0, 1, transfers=moves(loads=(50, 51))))
+    assert pipeline.collect().stage_seconds == (7.0,)
+    # Six seconds to compute: the second layer's streams and loads are there at 4, the third's streams once the first
+    # layer is computed, at 4, from 4 to 5, and its loads by then: only the first layer's 2 are waited for.
+    pipeline = tiered(TokenCost((6.0,), kv_links=(link,)), max_batches=2)
+    pipeline.submit(step_of(0, 1, transfers=moves(loads=(50,), streams=(51,))))
+    assert pipeline.collect().stage_seconds == (8.0,)
 
 
 def test_rows_go_to_the_host_behind_their_step_and_two_buffers_bound_them() -> None:
@@ -105,16 +120,18 @@ def test_what_was_just_written_is_loaded_once_it_is_on_the_host() -> None:
     pipeline = tiered(TokenCost((1.0,), kv_links=(LINK,)))
     pipeline.submit(step_of(0, 2, transfers=moves(writes=7, copies=((90, 91),))))  # 0 to 2, stores 2 to 3
     pipeline.collect()
-    pipeline.submit(step_of(0, 1, 2, starts=False, transfers=moves(loads=(7,), writes=7)))  # loads 3 to 4
-    assert stalls(pipeline.collect()) == (2.0,)
-    pipeline.submit(step_of(0, 1, 3, starts=False, transfers=moves(loads=(8,), writes=7)))  # another block: 5 to 6
-    assert stalls(pipeline.collect()) == (1.0,)
+    # Its first layer's load 3 to 3.5, computes until 4.5.
+    pipeline.submit(step_of(0, 1, 2, starts=False, transfers=moves(loads=(7,), writes=7)))
+    assert stalls(pipeline.collect()) == (1.5,)
+    # Another block: 4.5 to 5.
+    pipeline.submit(step_of(0, 1, 3, starts=False, transfers=moves(loads=(8,), writes=7)))
+    assert stalls(pipeline.collect()) == (0.5,)
     # Copies within the host are behind their step's rows, too.
     pipeline = tiered(TokenCost((1.0,), kv_links=(LINK,)))
     pipeline.submit(step_of(0, 2, transfers=moves(writes=7, copies=((90, 91),))))
     pipeline.collect()
     pipeline.submit(step_of(0, 1, 2, starts=False, transfers=moves(loads=(91,), writes=7)))
-    assert stalls(pipeline.collect()) == (2.0,)
+    assert stalls(pipeline.collect()) == (1.5,)
 
 
 @pytest.mark.parametrize(
@@ -168,16 +185,16 @@ def test_three_stages_with_links_of_their_own() -> None:
     """A block takes 1, 2 and 1 to load on the three stages, a token 1, 2 and 1 to compute, a hand-off a half."""
     links = (NO_ROWS, replace(NO_ROWS, load_bytes_per_second=4.0), NO_ROWS)
     pipeline = tiered(TokenCost((1.0, 2.0, 1.0), handoff=0.5, kv_links=links))
-    # Loads 0 to 3, 0 to 6, 0 to 3; computes 3 to 5, 6 to 10 (due 5.5), 10.5 to 12.5.
+    # Loads by layer 0 to 3, 0 to 6, 0 to 3; computes 1.5 to 2.5 and 3 to 4, 4.5 to 8.5, 9 to 11.
     pipeline.submit(step_of(0, 2, transfers=moves(loads=(50, 51, 52))))
-    # Streams behind the loads until 5, 10 and 5; computes 5 to 6, 10 to 12, 12.5 to 13.5.
+    # Streams behind the loads until 5, 10 and 5; computes 4 to 4.5 and 5 to 5.5, 8.5 to 9.5 and 10 to 11, 11.5 to 12.5.
     pipeline.submit(step_of(1, 1, transfers=moves(streams=(53, 54), writes=20)))
-    # Loads 5 to 9, 10 to 18, 12.5 to 16.5; computes 9 to 10 (due 6), 18 to 20 (due 12), 20.5 to 21.5.
+    # Loads 5 to 9, 10 to 18, 11 to 15; computes 9 to 10 (due 5.5), 18 to 20 (due 11), 20.5 to 21.5.
     pipeline.submit(step_of(2, 1, transfers=moves(loads=(55, 56, 57, 58), writes=40)))
     results = [pipeline.collect() for _ in range(3)]
-    assert [stalls(result) for result in results] == [(3.0, 0.5, 0.0), (0.0, 0.0, 0.0), (3.0, 6.0, 0.0)]
-    assert [result.stage_seconds for result in results] == [(5.0, 4.5, 2.0), (1.0, 2.0, 1.0), (4.0, 8.0, 1.0)]
-    assert [step.end_seconds for step in pipeline.steps] == [12.5, 13.5, 21.5]
+    assert [stalls(result) for result in results] == [(2.0, 0.0, 0.0), (0.5, 0.5, 0.0), (3.5, 7.0, 0.0)]
+    assert [result.stage_seconds for result in results] == [(4.0, 4.0, 2.0), (1.5, 2.5, 1.0), (4.5, 9.0, 1.0)]
+    assert [step.end_seconds for step in pipeline.steps] == [11.0, 12.5, 21.5]
     assert [use.load_seconds for use in results[2].link_uses] == [4.0, 8.0, 4.0]
     assert pipeline.stages.busy_seconds == (4.0, 8.0, 4.0)
 

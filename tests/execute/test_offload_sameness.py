@@ -52,7 +52,9 @@ def rows() -> list[Request]:
     for i in range(NUM_ROWS):
         own = random.integers(0, 256, random.integers(1, 14))
         tokens = np.concatenate([shared, own] if i % 3 else [own]).astype(np.int32)
-        drawn = {"n": 4, "temperature": 1.0} if i % 4 == 3 else {}
+        # The more tokens there are to draw from, the likelier a draw at the edge between two, which another order of
+        # sums decides otherwise.
+        drawn = {"n": 4, "temperature": 1.0, "top_k": 4} if i % 4 == 3 else {}
         params = sampling(max_tokens=int(random.integers(10, 21)), ignore_eos=True, **drawn)
         made.append(Request(request(i, 1).key, tokens, params))
     return made
