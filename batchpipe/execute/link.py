@@ -9,12 +9,11 @@ neither computing nor a lane stops for the other where the GPU can wait by itsel
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
+from operator import attrgetter
 from time import perf_counter, sleep
 from typing import Any, Literal
 
@@ -98,9 +97,10 @@ class Mark:
 
 @dataclass(slots=True)
 class Transfer:
-    """One piece of work of a lane. `begun` and `done` are the lane's to set.
+    """One piece of work of a lane, once all of `after` is set. `begun` and `done` are the lane's to set.
 
-    patient: its lane waits for its end before it does the next, which then is the most urgent at that time.
+    urgency: of what may begin the smallest is first. patient: its lane waits for its end before it does the next, which
+    then is the most urgent at that time.
     """
 
     work: Callable[[], None]
@@ -108,6 +108,7 @@ class Transfer:
     after: Sequence[Mark]
     begun: Mark
     done: Mark
+    urgency: tuple[int, ...]
     patient: bool = True
 
 
@@ -118,16 +119,23 @@ class Lane:
         self._link = link
         self._bytes_per_second = bytes_per_second
         self._busy_until = 0.0
-        self._waiting: list[tuple[tuple[int, ...], int, Transfer]] = []  # the most urgent first
-        self._numbers = itertools.count()
+        self._woken = threading.Condition(link.lock)
+        self._awaited: set[Mark] = set()  # of each that waits, the first mark that is not set
+        self._waiting: list[Transfer] = []  # the most urgent first
         self._thread = threading.Thread(target=self._run, name=f"kv-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, transfer: Transfer, urgency: tuple[int, ...]) -> None:
-        """To be done once all of `transfer.after` is set; of what may begin, the smallest urgency first."""
-        with self._link.changed:
-            bisect.insort(self._waiting, (urgency, next(self._numbers), transfer))
-            self._link.changed.notify_all()
+    def put(self, transfers: Iterable[Transfer]) -> None:
+        """Of equal urgency those that were put first are first."""
+        with self._link.lock:
+            self._waiting += transfers
+            self._waiting.sort(key=attrgetter("urgency"))
+            self._woken.notify()
+
+    def wake(self, mark: Mark | None = None) -> None:
+        """For who holds the lock: the mark is set, or the link is closed."""
+        if mark is None or mark in self._awaited:
+            self._woken.notify()
 
     def join(self) -> None:
         self._thread.join(_SECONDS_TO_END)
@@ -144,13 +152,16 @@ class Lane:
 
     def _next(self) -> Transfer | None:
         """Sleeps until one may begin; None: the link is closed."""
-        with self._link.changed:
+        with self._link.lock:
             while not self._link.is_closed:
-                for index, (_, _, transfer) in enumerate(self._waiting):
-                    if all(mark.is_set for mark in transfer.after):
+                self._awaited.clear()
+                for index, transfer in enumerate(self._waiting):
+                    awaited = next((mark for mark in transfer.after if not mark.is_set), None)
+                    if awaited is None:
                         del self._waiting[index]
                         return transfer
-                self._link.changed.wait()
+                    self._awaited.add(awaited)
+                self._woken.wait()
                 self._busy_until = max(self._busy_until, perf_counter())
         return None
 
@@ -173,33 +184,37 @@ class Link:
     def __init__(self, device: torch.device, emulated: EmulatedLink | None) -> None:
         speeds = emulated or EmulatedLink()
         self.device = device
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
         self.is_closed = False
+        self._changed = threading.Condition(self.lock)
         self._failure: BaseException | None = None
         self.loads = Lane(self, "loads", speeds.load_bytes_per_second)
         self.stores = Lane(self, "stores", speeds.store_bytes_per_second)
+        self._lanes = (self.loads, self.stores)
 
     def mark(self) -> Mark:
         return Mark(self.device)
 
     def set(self, mark: Mark) -> None:
         """Puts the mark behind the work of the calling thread."""
-        with self.changed:
+        with self.lock:
             mark.record()
-            self.changed.notify_all()
+            self._changed.notify_all()
+            for lane in self._lanes:
+                lane.wake(mark)
 
     def wait(self, mark: Mark) -> None:
         """What the calling thread does from now on comes after the mark."""
-        with self.changed:
-            self.changed.wait_for(lambda: mark.is_set or self._failure is not None)
+        with self.lock:
+            self._changed.wait_for(lambda: mark.is_set or self._failure is not None)
         if self._failure is not None:
             raise self._failure
         mark.order()
 
     def fail(self, error: BaseException) -> None:
-        with self.changed:
+        with self.lock:
             self._failure = error
-            self.changed.notify_all()
+            self._changed.notify_all()
 
     def new_stream(self) -> torch.cuda.Stream | None:
         """For the calling thread, which works on this link's device from now on; None on the CPU."""
@@ -210,9 +225,10 @@ class Link:
 
     def close(self) -> None:
         """Ends the threads; what has not begun is not done."""
-        with self.changed:
+        with self.lock:
             self.is_closed = True
-            self.changed.notify_all()
+            for lane in self._lanes:
+                lane.wake()
         self.loads.join()
         self.stores.join()
 

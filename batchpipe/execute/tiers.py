@@ -15,7 +15,7 @@ the step is computed. The lane from the host does first what is wanted first: an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend
 from batchpipe.execute.copies import TierCopies
-from batchpipe.execute.link import EmulatedLink, Lane, Link, Mark, Transfer
+from batchpipe.execute.link import EmulatedLink, Link, Mark, Transfer
 from batchpipe.execute.memory import NUM_STAGING_BUFFERS
 from batchpipe.execute.turn import Turn
 from batchpipe.execute.verify import ONE_IN, Verifier
@@ -60,6 +60,7 @@ class Tiers:
         self.backend = WriteThrough(backend, self._before_layer, self._after_layer)
         self._pool = pool
         self._host_pool = host_pool
+        self._layer_bytes = pool.bytes_per_block // pool.num_layers
         self._streams_per_block = streams_per_block
         one_in = ONE_IN[kv_verify]
         self._verifier = Verifier(stage_index, pool, host_pool.num_blocks, one_in) if one_in else None
@@ -89,10 +90,9 @@ class Tiers:
         self._last_writers[turn.host_blocks] = turn.number
         self._last_writers[transfers.host_copies[:, 1]] = turn.number
         self._turns[turn.number] = turn
-        self._queue_streams(turn, [(part, marks) for part, marks in streams if len(part)])
-        self._queue_loads(turn, after_loads)
-        store = partial(self._store, turn)
-        self._queue(turn, self._link.stores, store, turn.stored_bytes, [turn.computed], turn.stored)
+        streamed = self._streams(turn, [(part, marks) for part, marks in streams if len(part)])
+        self._link.loads.put([*streamed, *self._loads(turn, after_loads)])
+        self._link.stores.put([self._store_of(turn)])
 
     def begin(self, step: Step) -> Int32Array | None:
         """Waits until the step can be computed; `AttentionInputs.stream_slots` where blocks of it are streamed."""
@@ -138,7 +138,7 @@ class Tiers:
         writer = self._turns.get(int(writers.max(initial=-1)))
         return [] if writer is None else [writer.stored]
 
-    def _queue_streams(self, turn: Turn, parts: list[tuple[IntArray, list[Mark]]]) -> None:
+    def _streams(self, turn: Turn, parts: list[tuple[IntArray, list[Mark]]]) -> Iterator[Transfer]:
         """parts: indices of streamed blocks, and what their first layers wait for; the last part's waits for most.
 
         Most blocks are as the step before found them, so their first layers need not wait for its end.
@@ -148,45 +148,47 @@ class Tiers:
             todo = parts if layer < 2 else [(everything, [turn.attended[layer - 2]])]
             for number, (part, after) in enumerate(todo, 1):
                 work = partial(self._copies.stream, turn, layer, part)
-                num_bytes = len(part) * self._pool.bytes_per_block // self._pool.num_layers
                 done = arrived if number == len(todo) else self._link.mark()
-                self._queue(turn, self._link.loads, work, num_bytes, after, done, patient=False)
+                yield self._load_of(turn, work, len(part) * self._layer_bytes, after, done, patient=False)
 
-    def _queue_loads(self, turn: Turn, after: list[Mark]) -> None:
+    def _loads(self, turn: Turn, after: list[Mark]) -> Iterator[Transfer]:
         loads, late = self._copies.loads_of(turn)
-        block_bytes, num_layers = self._pool.bytes_per_block, self._pool.num_layers
+        block_bytes = self._pool.bytes_per_block
         if turn.loads_by_layer:
-            for layer in range(num_layers):
+            for layer in range(self._pool.num_layers):
                 turn.loaded.append(self._link.mark())
                 work = partial(self._copies.load_layer, loads, layer)
-                num_bytes = len(loads) * block_bytes // num_layers
-                self._queue(turn, self._link.loads, work, num_bytes, after, turn.loaded[-1])
+                yield self._load_of(turn, work, len(loads) * self._layer_bytes, after, turn.loaded[-1])
         else:
             num_blocks = max(1, PIECE_BYTES // block_bytes)
             for first in range(0, len(loads), num_blocks):
                 turn.loaded.append(self._link.mark())
                 part = loads[first : first + num_blocks]
                 work = partial(self._copies.load, part)
-                self._queue(turn, self._link.loads, work, len(part) * block_bytes, after, turn.loaded[-1])
+                yield self._load_of(turn, work, len(part) * block_bytes, after, turn.loaded[-1])
         if len(late):
             work, done = partial(self._copies.load, late), self._link.mark()
-            self._queue(turn, self._link.loads, work, len(late) * block_bytes, [turn.computed], done)
+            yield self._load_of(turn, work, len(late) * block_bytes, [turn.computed], done)
 
-    def _queue(
+    def _load_of(
         self,
         turn: Turn,
-        lane: Lane,
         work: Callable[[], None],
         num_bytes: int,
         after: list[Mark],
         done: Mark,
         *,
         patient: bool = True,
-    ) -> None:
+    ) -> Transfer:
         begun = self._link.mark()
-        name = "load_seconds" if lane is self._link.loads else "store_seconds"
-        self._spans.append((turn.number, name, begun, done))
-        lane.put(Transfer(work, num_bytes, after, begun, done, patient), (turn.number, int(patient)))
+        self._spans.append((turn.number, "load_seconds", begun, done))
+        return Transfer(work, num_bytes, after, begun, done, (turn.number, int(patient)), patient)
+
+    def _store_of(self, turn: Turn) -> Transfer:
+        begun = self._link.mark()
+        self._spans.append((turn.number, "store_seconds", begun, turn.stored))
+        work = partial(self._store, turn)
+        return Transfer(work, turn.stored_bytes, [turn.computed], begun, turn.stored, (turn.number,))
 
     def _before_layer(self, layer: int, key: Tensor, value: Tensor) -> None:
         turn = self._turns[self._num_computed]
@@ -208,7 +210,6 @@ class Tiers:
 
     def _wait(self, turn: Turn, mark: Mark) -> None:
         if mark.is_reached:  # no stall, be it as short as looking takes
-            self._link.wait(mark)
             return
         begun, ended = self._link.mark(), self._link.mark()
         begun.record()

@@ -24,8 +24,8 @@ def a_link(emulated: EmulatedLink | None = None) -> Iterator[Link]:
 
 
 def put(link: Link, lane: Lane, done: list[str], name: str, urgency: int, *after: Mark, num_bytes: int = 0) -> Transfer:
-    transfer = Transfer(lambda: done.append(name), num_bytes, after, link.mark(), link.mark())
-    lane.put(transfer, (urgency,))
+    transfer = Transfer(lambda: done.append(name), num_bytes, after, link.mark(), link.mark(), (urgency,))
+    lane.put([transfer])
     return transfer
 
 
@@ -52,8 +52,8 @@ def test_the_directions_do_not_wait_for_each_other() -> None:
     done: list[str] = []
     with a_link() as link:
         held = link.mark()
-        blocked = Transfer(lambda: link.wait(held), 0, (), link.mark(), link.mark())
-        link.stores.put(blocked, (0,))
+        blocked = Transfer(lambda: link.wait(held), 0, (), link.mark(), link.mark(), (0,))
+        link.stores.put([blocked])
         link.wait(put(link, link.loads, done, "load", 0).done)
         assert done == ["load"] and not blocked.done.is_set
         link.set(held)
@@ -83,10 +83,10 @@ def test_a_failure_reaches_who_waits_and_closing_ends_the_threads() -> None:
         def fail() -> None:
             raise RuntimeError("no such block")
 
-        link.loads.put(Transfer(fail, 0, (), link.mark(), link.mark()), (0,))
+        link.loads.put([Transfer(fail, 0, (), link.mark(), link.mark(), (0,))])
         with pytest.raises(RuntimeError, match="no such block"):
             link.wait(never)
-        link.stores.put(Transfer(fail, 0, (never,), link.mark(), link.mark()), (0,))  # is never begun
+        link.stores.put([Transfer(fail, 0, (never,), link.mark(), link.mark(), (0,))])  # is never begun
     assert threading.active_count() == before
 
 

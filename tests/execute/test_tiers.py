@@ -218,6 +218,19 @@ def test_a_host_block_comes_back_only_once_it_was_copied() -> None:
         assert_same(run(pipeline, steps), expected)
 
 
+def test_a_block_that_comes_with_its_step_is_there_before_it_is_copied() -> None:
+    """Nothing computes beside the load, so it would come layer by layer, behind the copy."""
+    steps = [
+        one_row(0, 7, [1, 2, 3, 4], 0, ([0], [20])),
+        one_row(1, 8, [5], 4, ([1, 2], [21, 22]), loads=[[20, 4]], copies=([[4, 1]], [[20, 21]])),
+        one_row(2, 8, [6], 5, ([1, 2], [21, 22])),
+    ]
+    with open_pipeline(1, 1, two_tiers=False) as pipeline:
+        expected = run(pipeline, [on_the_device(step) for step in steps])
+    with open_pipeline(1, 1, link=EmulatedLink(load_bytes_per_second=2e5)) as pipeline:
+        assert_same(run(pipeline, steps), expected)
+
+
 def test_processes_say_the_same() -> None:
     steps, expected = program(3, 2, 3, "both", "reference")
     with open_pipeline(2, 3, workers=True, link=EmulatedLink(1e8, 1e8)) as pipeline:
