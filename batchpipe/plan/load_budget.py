@@ -68,6 +68,10 @@ class LoadBudget:
             return min(num_blocks, max(START_BLOCKS, GROWTH * self._most_loaded_blocks))
         return num_blocks
 
+    def exposed_seconds(self, loaded_blocks: int) -> float:
+        """What a step waits for so many blocks whatever runs beside them."""
+        return self._exposed_share * loaded_blocks / rate if (rate := self.blocks_per_second) else 0.0
+
     def observe(self, loaded_blocks: int, stage_seconds: Sequence[float], link_uses: Sequence[LinkUse]) -> None:
         """A step that loaded and streamed so many blocks, with its `StepResult`'s times of every stage."""
         seconds = max(seconds_without_stalls(stage_seconds, link_uses))

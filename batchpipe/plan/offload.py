@@ -20,6 +20,8 @@ from batchpipe.plan.decode_time import DecodeTime, IntArray
 from batchpipe.predict.base import FloatArray
 from batchpipe.types import BoolArray
 
+# Batches' loads that stand on the device beside what stays there, where they come whole (`batch_capacity_blocks`).
+BATCH_BUFFERS = 2.0
 # Prompts are computed until this part of the host's room is taken.
 HOST_WATERMARK = 0.9
 # A batch may be predicted to take this part longer than the others, so that batches can grow.

@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from batchpipe.plan.offload import batch_capacity_blocks
+from batchpipe.plan.offload import BATCH_BUFFERS, batch_capacity_blocks
 
 OffloadMode = Literal["none", "batch", "layer", "both"]
 # Two layers of a block pass through the device at a time, so only stages of four layers and more save room by that.
 LEAST_STREAMS_PER_BLOCK = 2
-# Buffers of whole batches that PipeMax's loads need; see `batch_capacity_blocks`.
-_BATCH_BUFFERS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ def _of_law(
     def running_blocks(num_buffers: float) -> float:
         return num_batches * float(batch_capacity_blocks(device_blocks, budget_blocks, num_batches, num_buffers))
 
-    by_batch, by_both = running_blocks(_BATCH_BUFFERS), running_blocks(1 / streams_per_block)
+    by_batch, by_both = running_blocks(BATCH_BUFFERS), running_blocks(1 / streams_per_block)
     carried = f"the link carries {budget_blocks} blocks in a step"
     if by_both <= device_blocks:
         return OffloadChoice("none", f"{carried}: no more can run than the device's {device_blocks} blocks hold")

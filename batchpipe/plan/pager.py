@@ -17,7 +17,8 @@ import numpy as np
 from batchpipe.plan.balance import balanced_draw
 from batchpipe.plan.device_room import DeviceRoom
 from batchpipe.plan.load_budget import LoadBudget
-from batchpipe.plan.offload import batch_capacity_blocks
+from batchpipe.plan.motion_limit import MotionLimit
+from batchpipe.plan.offload import BATCH_BUFFERS
 from batchpipe.plan.policy import Policy
 from batchpipe.plan.sequence import Sequence
 from batchpipe.plan.state import State
@@ -45,8 +46,9 @@ class Pager:
         is_exposed = self._streams_layers and capacity.max_batches == 1
         exposed_share = 1 / (2 * capacity.streams_per_block) if is_exposed else 0.0
         self._budget = LoadBudget(state.cost, capacity.block_tokens, exposed_share)
-        self._loads_batches = capacity.offload == "batch" or (capacity.offload == "both" and not self._streams_layers)
         self._forecast = StepForecast(state)
+        num_buffers = 1 / capacity.streams_per_block if self._streams_layers else BATCH_BUFFERS
+        self._limit = MotionLimit(state, self._budget, self._forecast, num_buffers)
         self._step = 0
         self._loads: list[tuple[int, int]] = []
         self._streamed: set[int] = set()
@@ -67,7 +69,7 @@ class Pager:
             self.residency.take_back()
             self._units = []
         self._room.begin_step(step - 1 if idle else step - 2)
-        self._state.limit_blocks = self._limit_blocks()
+        self._state.limit_blocks = self._limit.blocks()
 
     def draw(self, policy: Policy, num_decodes: int, num_prompt_tokens: int) -> list[Sequence]:
         """Who of the ready sequences decodes, at most so many, beside so many prompt tokens."""
@@ -259,15 +261,6 @@ class Pager:
             return False
         self._loads += self.residency.enter(sequence.sequence_id, blocks, self._step)
         return True
-
-    def _limit_blocks(self) -> int:
-        """KV that can be kept in motion: the capacity law, of at least what the device holds."""
-        capacity = self._state.capacity
-        num_batches, num_device = capacity.max_batches, capacity.num_blocks
-        num_buffers = 1 / capacity.streams_per_block if self._streams_layers else 2.0
-        budget_blocks = self._budget.blocks(self._forecast.decode_seconds)
-        each = batch_capacity_blocks(num_device, budget_blocks, num_batches, num_buffers)
-        return max(num_device, min(int(num_batches * each), self._state.ledger.num_blocks))
 
     def check_integrity(self) -> None:
         self.residency.check_integrity()
