@@ -69,7 +69,7 @@ def run_job(
             account.loaded()
             writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
             engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
-            reading = partial(_reading, prepared, engine, writer.counts)
+            reading = partial(_reading, prepared, engine, writer)
             progress = stack.enter_context(Progress(prepared.source.num_rows(), reading))
             stop: str | None = None
             while stop is None and not (engine.idle and ahead.exhausted):
@@ -105,8 +105,9 @@ def _open_here(prepared: Prepared, cost: CostModel | None) -> Sequence[Pipeline]
     return load_pipelines(engine, info, choice.mode)
 
 
-def _reading(prepared: Prepared, engine: Engine, counts: RowCounts) -> Reading:
+def _reading(prepared: Prepared, engine: Engine, writer: CompletionWriter) -> Reading:
     """For the progress line. A row that runs is done in part."""
+    counts = writer.counts
     fraction = (counts.total + engine.rows_under_way) / max(prepared.estimated_rows(), 1.0)
     tokens = engine.meter.prompt_tokens, engine.meter.output_tokens
     return Reading(counts.total, counts.failed, *tokens, min(fraction, 1.0))
