@@ -74,7 +74,7 @@ def job_of(args: argparse.Namespace, engine: dict[str, Any]) -> dict[str, Any]:
     return {section: job.get(section, {}) | own.get(section, {}) for section in job | own}
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--prompts", default=str(ROOT / "jobs" / "quickstart.jsonl"))
@@ -93,7 +93,11 @@ def main() -> None:
     parser.add_argument("--verify", default="off")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], help="a further override of the job, section.key=value")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
     if args.one:
         run_one(json.loads(args.one))
         return

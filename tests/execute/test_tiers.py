@@ -1,11 +1,8 @@
-"""Two tiers of KV say the same as one, whatever is loaded, streamed, copied and evicted; and faults are found."""
+"""Two tiers of KV say the same as one, whatever is loaded, streamed, copied and evicted."""
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,104 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.errors import MemoryLimitError
-from batchpipe.execute.base import Pipeline
-from batchpipe.execute.link import EmulatedLink, Fault
-from batchpipe.execute.local import LocalPipeline
-from batchpipe.execute.memory import StageMemory
-from batchpipe.execute.open import stage_specs
-from batchpipe.execute.workers import WorkerPipeline
-from batchpipe.job.spec import EngineSpec
-from batchpipe.model.describe import describe_model
-from batchpipe.types import Capacity, SequenceStart, Step, StepResult, Transfers
+from batchpipe.execute.link import EmulatedLink
+from batchpipe.types import SequenceStart, Step, Transfers
+from tests.execute.tier_pipelines import MODES, assert_same, open_pipeline, program, run
 from tests.execute.tier_programs import (
     BLOCK_TOKENS,
-    MAX_STEP_TOKENS,
     NUM_BLOCKS,
-    NUM_HOST_BLOCKS,
-    Program,
     on_the_device,
 )
 from tests.plan.planner_cases import sampling
-from tests.tiny_models import tiny_model
-
-NUM_STEPS = 25
-MODES = {"loads": ("load",), "streams": ("stream",), "both": ("load", "stream")}
-STREAMS_PER_BLOCK = {1: 2, 2: 1}  # the tiny model has four layers
-
-
-def open_pipeline(
-    num_stages: int,
-    max_batches: int,
-    *,
-    two_tiers: bool = True,
-    attention: str = "reference",
-    kv_verify: str = "all",
-    link: EmulatedLink | None = None,
-    workers: bool = False,
-    num_host_blocks: int = NUM_HOST_BLOCKS,
-) -> Pipeline:
-    engine = EngineSpec.model_validate(
-        {
-            "device": "cpu",
-            "block_tokens": BLOCK_TOKENS,
-            "max_step_tokens": MAX_STEP_TOKENS,
-            "max_batch_sequences": 8,
-            "attention": attention,
-        }
-    )
-    specs = stage_specs(engine, describe_model(tiny_model("qwen3"), "float32"), "cpu", num_stages)
-    specs = [replace(spec, kv_verify=kv_verify, link=link) for spec in specs]
-
-    def offered(stages: Sequence[StageMemory]) -> Capacity:
-        return Capacity(
-            num_blocks=NUM_BLOCKS if two_tiers else NUM_HOST_BLOCKS,
-            block_tokens=BLOCK_TOKENS,
-            num_stages=num_stages,
-            max_batches=max_batches,
-            max_step_tokens=MAX_STEP_TOKENS,
-            max_batch_sequences=8,
-            num_host_blocks=num_host_blocks if two_tiers else 0,
-            streams_per_block=STREAMS_PER_BLOCK.get(num_stages, 0) if two_tiers else 0,
-        )
-
-    if not workers:
-        return LocalPipeline(specs, offered)
-    pipeline = WorkerPipeline(specs, offered)
-    pipeline.load()
-    return pipeline
-
-
-def run(pipeline: Pipeline, steps: Sequence[Step]) -> list[StepResult]:
-    """As many in flight as the pipeline holds."""
-    waiting = deque(steps)
-    in_flight = 0
-    results = []
-    while waiting or in_flight:
-        while waiting and in_flight < pipeline.capacity.max_batches:
-            pipeline.submit(waiting.popleft())
-            in_flight += 1
-        results.append(pipeline.collect())
-        in_flight -= 1
-    return results
-
-
-@functools.cache
-def program(
-    seed: int, num_stages: int, max_batches: int, mode: str, attention: str
-) -> tuple[list[Step], list[StepResult]]:
-    """Steps between two tiers, and what they say with one."""
-    made = Program(seed, max_batches, STREAMS_PER_BLOCK.get(num_stages, 0), MODES[mode])
-    steps = [made.next_step() for _ in range(NUM_STEPS)]
-    with open_pipeline(num_stages, max_batches, two_tiers=False, attention=attention) as pipeline:
-        return steps, run(pipeline, [on_the_device(step) for step in steps])
-
-
-def assert_same(results: Sequence[StepResult], expected: Sequence[StepResult]) -> None:
-    for result, other in zip(results, expected, strict=True):
-        assert result.step_id == other.step_id
-        assert result.token_ids.tolist() == other.token_ids.tolist()
-        assert result.logprobs == other.logprobs  # to the last bit: the same KV in other places
-        assert not result.corrupt
 
 
 @pytest.mark.parametrize("attention", ["reference", "cpu"])
@@ -260,58 +168,3 @@ def test_a_failure_of_the_link_is_raised() -> None:
     broken = replace(steps[first], transfers=replace(transfers, loads=nowhere))
     with open_pipeline(1, 1, kv_verify="off") as pipeline, pytest.raises(AssertionError):
         run(pipeline, [*steps[:first], broken])
-
-
-# -- faults ------------------------------------------------------------------------------------------------------------
-
-
-def step_that_loads(steps: Sequence[Step], num_before: int = 5) -> Step:
-    return next(s for s in steps if s.step_id >= num_before and s.transfers is not None and len(s.transfers.loads))
-
-
-@pytest.mark.parametrize("kind", ["wrong_source", "wrong_target", "late"])
-@pytest.mark.parametrize(("num_stages", "max_batches"), [(1, 1), (2, 3)])
-def test_a_load_that_goes_wrong_is_found(kind: str, num_stages: int, max_batches: int) -> None:
-    steps, _ = program(4, num_stages, max_batches, "loads", "cpu")
-    step = step_that_loads(steps)
-    assert step.transfers is not None
-    host_block, block = step.transfers.loads[0].tolist()
-    link = EmulatedLink(faults=(Fault(kind, step.step_id),))  # type: ignore[arg-type]
-    with open_pipeline(num_stages, max_batches, attention="cpu", link=link) as pipeline:
-        results = run(pipeline, steps[: step.step_id + 1])
-    assert not any(result.corrupt for result in results[:-2])
-    # What goes to the wrong place, beside the step before, may meet a block that this one reads.
-    assert kind == "wrong_target" or not results[-2].corrupt
-    users = {
-        sequence_id
-        for sequence_id, table, n in zip(
-            step.sequence_ids, step.block_tables, step.context_lengths + step.query_lengths, strict=True
-        )
-        if block in table[: -(-n // BLOCK_TOKENS)]
-    }
-    message = f"stage 0: the KV of host block {host_block} came back changed to device block {block}"
-    assert {i: text for i, text in results[-1].corrupt.items() if i in users} == dict.fromkeys(users, message)
-    assert users
-
-
-@pytest.mark.parametrize(("mode", "workers"), [("loads", False), ("streams", False), ("both", True)])
-def test_a_bit_that_flips_on_the_host_is_found_when_it_comes_back(mode: str, workers: bool) -> None:
-    steps, expected = program(5, 1, 2, mode, "cpu")
-    # Every step's first token, until one of them has come back.
-    link = EmulatedLink(faults=tuple(Fault("flipped", step_id) for step_id in range(NUM_STEPS)))
-    with open_pipeline(1, 2, attention="cpu", link=link, workers=workers) as pipeline:
-        results = run(pipeline, steps)
-    corrupt = {sequence_id for result in results for sequence_id in result.corrupt}
-    assert corrupt
-    assert all("came back" in text for result in results for text in result.corrupt.values())
-    sound = [result for result in results if not result.corrupt]
-    for result in sound:  # nobody else met it
-        assert result.logprobs == expected[result.step_id].logprobs
-
-
-def test_with_verification_off_nothing_is_found() -> None:
-    steps, _ = program(4, 1, 1, "loads", "cpu")
-    step = step_that_loads(steps)
-    link = EmulatedLink(faults=(Fault("late", step.step_id),))
-    with open_pipeline(1, 1, attention="cpu", kv_verify="off", link=link) as pipeline:
-        assert not any(result.corrupt for result in run(pipeline, steps))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchpipe.errors import OutputError
 from batchpipe.job.identity import Identity
 from batchpipe.types import (
     Carried,
@@ -21,6 +25,7 @@ from batchpipe.types import (
 )
 from batchpipe.write import CompletionWriter, OutputFolder, completions_schema
 
+REPOSITORY = Path(__file__).parents[2]
 IDENTITY = Identity({"model.name": "tiny", "sampling.temperature": 0.0})
 CARRIED = pa.schema([("topic", pa.string()), ("score", pa.float64())])
 SCHEMA = completions_schema(CARRIED, with_logprobs=False)
@@ -83,3 +88,35 @@ def read_completions(path: Path) -> pa.Table:
 def row_indexes(path: Path) -> list[int]:
     indexes: list[int] = read_completions(path).column("row_index").to_pylist()
     return indexes
+
+
+def run_in_a_process(
+    path: Path, total_rows: int, prelude: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    code = (
+        f"{prelude}\nimport sys, pathlib\nfrom tests.write.completion_cases import run_job\n"
+        "run_job(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, path, str(total_rows)],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class Died(OutputError):
+    """Stands for the death of the process: nothing more reaches the disk after it."""
+
+
+def fail_at(wanted: str, occurrence: int) -> Callable[[str], None]:
+    passed: list[str] = []
+
+    def crash_point(name: str) -> None:
+        passed.append(name)
+        if passed.count(wanted) >= occurrence:
+            raise Died(name)
+
+    return crash_point
