@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchpipe.job import Job
-    from batchpipe.result import Result
+    from batchpipe.runner.result import Result
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "run"]
@@ -33,6 +33,6 @@ def run(
     "input.limit=100".
     fresh: moves an earlier output of the same folder aside. Raises the errors of `batchpipe.errors`.
     """
-    from batchpipe.run_job import run_job
+    from batchpipe.runner.run import run_job
 
     return run_job(job, overrides, fresh=fresh)

@@ -93,7 +93,7 @@ def run(context: click.Context, job_path: Path, overrides: tuple[str, ...], fres
 def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...]) -> None:
     """Check JOB and every row of its input; no model is loaded."""
     job = _load(job_path, overrides)
-    from batchpipe.validate import validate_job
+    from batchpipe.commands.validate import validate_job
 
     report = validate_job(job)
     for problem in report["problems"]:
@@ -108,7 +108,7 @@ def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...])
 def plan(job_path: Path, overrides: tuple[str, ...], hardware: str | None) -> None:
     """Tell what JOB would take, here or on another machine; no model is loaded."""
     job = _load(job_path, overrides)
-    from batchpipe.plan_command import describe_plan, plan_job
+    from batchpipe.commands.plan import describe_plan, plan_job
 
     found = plan_job(job, hardware)
     click.echo(describe_plan(found))
@@ -123,7 +123,7 @@ def plan(job_path: Path, overrides: tuple[str, ...], hardware: str | None) -> No
 @click.option("--seconds", type=float, default=100.0, show_default=True, help="How long to measure.")
 def profile(model_or_job: str, output: Path | None, seconds: float) -> None:
     """Measure this machine's step times with a model, for `plan` and for runs."""
-    from batchpipe.profile_command import profile_command
+    from batchpipe.commands.profile import profile_command
 
     click.echo(_json(profile_command(model_or_job, output, seconds)))
 
@@ -163,7 +163,7 @@ def train(
     output: Path,
 ) -> None:
     """Train on past outputs: output folders of batchpipe, Parquet or JSONL."""
-    from batchpipe.predict_command import train_command
+    from batchpipe.commands.predictor import train_command
 
     found = train_command(
         sources, model, output, prompt_column=prompt_column, length_column=length_column, job_path=job_path
@@ -187,7 +187,7 @@ def evaluate(
     max_tokens: int | None,
 ) -> None:
     """Compare a predictor's FILE with past outputs."""
-    from batchpipe.predict_command import evaluate_command
+    from batchpipe.commands.predictor import evaluate_command
 
     found = evaluate_command(
         file,
@@ -205,7 +205,7 @@ def evaluate(
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 def status(folder: Path) -> None:
     """Print how far the job with output folder DIR is."""
-    from batchpipe.status import status_of
+    from batchpipe.commands.status import status_of
 
     click.echo(_json(status_of(folder)))
 
@@ -222,7 +222,7 @@ def schema() -> None:
 @click.pass_context
 def doctor(context: click.Context) -> None:
     """Tell what this machine offers, and what is missing."""
-    from batchpipe.doctor import examine
+    from batchpipe.commands.doctor import examine
 
     findings = examine()
     for finding in findings:

@@ -151,7 +151,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """All samples of one request, in sample order; leaves the planner when the last one ends."""
+    """All samples of one request, in sample order; leaves the scheduler when the last one ends."""
 
     request: Request
     completions: tuple[Completion, ...]
@@ -214,7 +214,7 @@ class Transfers:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass of one circulating batch, decided by the planner and obeyed by every stage.
+    """One forward pass of one circulating batch, decided by the scheduler and obeyed by every stage.
 
     Sequence i brings `query_lengths[i]` new tokens that stand behind `context_lengths[i]` tokens whose KV is already in
     its blocks; new KV goes to the same block table. N sequences, T = sum(query_lengths) tokens.
@@ -264,7 +264,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a pipeline offers the planner: KV blocks, the same ids on every stage, and how many batches circulate.
+    """What a pipeline offers the scheduler: KV blocks, the same ids on every stage, and how many batches circulate.
 
     num_host_blocks: of the second tier; 0: there is none. streams_per_block: how many streamed blocks pass through one
     device block, two layers of each at a time; 0: a stage has too few layers for that. offload: what comes back from

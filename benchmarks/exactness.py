@@ -22,15 +22,15 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM
 
-from batchpipe.engine import Engine
-from batchpipe.execute.local import LocalPipeline
-from batchpipe.execute.memory import StageMemory
-from batchpipe.execute.open import stage_layers, stage_specs
 from batchpipe.job.sampling import Sampling
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo, describe_model
-from batchpipe.plan.planner import Planner
-from batchpipe.tokenizer import load_tokenizer
+from batchpipe.model.tokenizer import load_tokenizer
+from batchpipe.pipeline.local import LocalPipeline
+from batchpipe.pipeline.memory import StageMemory
+from batchpipe.placement.open import stage_layers, stage_specs
+from batchpipe.runner.engine import Engine
+from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import Capacity, Carried, Request, RowKey
 
 NO_COLUMNS = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
@@ -75,8 +75,8 @@ def expected_tokens(folder: Path, prompts: Sequence[list[int]], num_new_tokens: 
 
 def own_tokens(
     info: ModelInfo, prompts: Sequence[list[int]], num_new_tokens: int, setting: Setting, num_blocks: int
-) -> tuple[list[list[int]], Planner]:
-    """The tokens of every prompt, and the planner as it was left."""
+) -> tuple[list[list[int]], Scheduler]:
+    """The tokens of every prompt, and the scheduler as it was left."""
     with_host = setting.offload != "none"
     engine_spec = EngineSpec(
         device="cpu",
@@ -110,7 +110,7 @@ def own_tokens(
         while not engine.idle:
             finished += engine.advance()
     finished.sort(key=lambda end: end.request.key.index)
-    return [list(end.completions[0].token_ids) for end in finished], engine.replicas[0].planner
+    return [list(end.completions[0].token_ids) for end in finished], engine.replicas[0].scheduler
 
 
 def main() -> None:
@@ -139,17 +139,17 @@ def main() -> None:
                 min(needed_blocks, key=lambda known: (known[1] != kind[1], abs(known[0] - kind[0])))
             ]
             num_blocks = num_blocks * setting.percent // 100
-        tokens, planner = own_tokens(info, prompts, args.max_tokens, setting, num_blocks)
+        tokens, scheduler = own_tokens(info, prompts, args.max_tokens, setting, num_blocks)
         if setting in RESIDENT:
-            needed_blocks[kind] = planner.peak_device_blocks
+            needed_blocks[kind] = scheduler.peak_device_blocks
         num_equal = sum(own == theirs for own, theirs in zip(tokens, expected, strict=True))
         figures = {
-            "device_blocks": planner.peak_device_blocks,
-            "host_blocks": planner.peak_host_blocks,
+            "device_blocks": scheduler.peak_device_blocks,
+            "host_blocks": scheduler.peak_host_blocks,
             "rows": len(prompts),
             "equal": num_equal,
-            "preemptions": planner.num_preemptions,
-            "kv_faults": planner.num_corrupt,
+            "preemptions": scheduler.num_preemptions,
+            "kv_faults": scheduler.num_corrupt,
         }
         results.append(asdict(setting) | figures)
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)

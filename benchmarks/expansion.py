@@ -18,12 +18,12 @@ from unittest.mock import patch
 
 from replay_cases import EOS_TOKEN_ID, Lengths, ReplayPredictor, read_lengths, requests_of
 
-from batchpipe.execute.simulate import SimulatedPipeline
-from batchpipe.plan.cost import CostModel
-from batchpipe.plan.load_budget import LoadBudget
-from batchpipe.plan.profile import load_profile
-from batchpipe.plan.profile_cost import ProfileCost
-from batchpipe.simulate import simulate
+from batchpipe.cost.model import CostModel
+from batchpipe.cost.profile import load_profile
+from batchpipe.cost.profile_cost import ProfileCost
+from batchpipe.pipeline.simulated import SimulatedPipeline
+from batchpipe.runner.simulate import simulate
+from batchpipe.scheduler.offload.prefetch_budget import PrefetchBudget
 from batchpipe.types import Capacity
 
 BLOCK_TOKENS = 64
@@ -32,8 +32,8 @@ MAX_SEQUENCES = 256
 SEED = 0
 
 
-def fixed(num_blocks: int) -> type[LoadBudget]:
-    class Fixed(LoadBudget):
+def fixed(num_blocks: int) -> type[PrefetchBudget]:
+    class Fixed(PrefetchBudget):
         def blocks(self, step_seconds: float | None = None) -> int:
             return num_blocks
 
@@ -56,7 +56,7 @@ class Case:
         )
         self._predictor = ReplayPredictor(args.data, population, self._lengths, SEED)
 
-    def run(self, num_blocks: int, *, offload: str, budget: type[LoadBudget] = LoadBudget) -> dict[str, float]:
+    def run(self, num_blocks: int, *, offload: str, budget: type[PrefetchBudget] = PrefetchBudget) -> dict[str, float]:
         requests, by_stream = requests_of(self._lengths)
         needed_blocks = MAX_SEQUENCES * self._lengths.context_tokens // BLOCK_TOKENS
         capacity = Capacity(
@@ -71,7 +71,7 @@ class Case:
             offload=offload,
         )
         pipeline = SimulatedPipeline(capacity, self._cost, by_stream, EOS_TOKEN_ID)
-        with patch("batchpipe.plan.pager.LoadBudget", budget):
+        with patch("batchpipe.scheduler.offload.swap_scheduler.PrefetchBudget", budget):
             run = simulate([pipeline], requests, "temporal", predictor=self._predictor)
         assert run.num_failed == 0
         return {

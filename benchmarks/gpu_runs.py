@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from replay_cases import EOS_TOKEN_ID, Lengths, columns_of, lines_of, requests_of
 
-from batchpipe.execute.simulate import SimulatedPipeline
-from batchpipe.plan.cost import StepWork
-from batchpipe.simulate import simulate
+from batchpipe.cost.model import StepWork
+from batchpipe.pipeline.simulated import SimulatedPipeline
+from batchpipe.runner.simulate import simulate
 from batchpipe.types import Capacity
 
 NUM_LAYERS = 32

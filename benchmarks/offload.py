@@ -24,9 +24,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 import batchpipe
-from batchpipe.execute.link import EmulatedLink
-from batchpipe.execute.open import open_pipelines
-from batchpipe.run_job import run_job
+from batchpipe.pipeline.swap.copy_engine import EmulatedLink
+from batchpipe.placement.open import open_pipelines
+from batchpipe.runner.run import run_job
 
 ROOT = Path(__file__).parent.parent
 ONE_TIER = ("none", "recompute")

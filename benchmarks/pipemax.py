@@ -5,7 +5,7 @@
 Llama-2-70B over eight stages, cards without NVLink: RTX 5090 with PCIe 5, L20 with PCIe 4. Lengths keep a published
 trace's shape and have the means that the paper states, or the trace's own. All systems get the same requests, cost
 model and memory. TD-Pipe and the schedule `temporal`, with all KV on the device, run in batchpipe's own simulator
-with its own planner; what moves KV to the host runs in `plan.circulation`, without any prediction of lengths.
+with its own scheduler; what moves KV to the host runs in `plan.circulation`, without any prediction of lengths.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from timeit import timeit
 import numpy as np
 from replay_cases import EOS_TOKEN_ID, Lengths, ReplayPredictor, columns_of, read_lengths, requests_of
 
-from batchpipe.execute.simulate import SimulatedPipeline
-from batchpipe.plan.circulation import Circulation, Manner
-from batchpipe.plan.circulation_clock import Rates, run_circulation
-from batchpipe.plan.decode_time import DecodeTime
-from batchpipe.plan.geometry import KNOWN_GEOMETRIES
-from batchpipe.plan.hardware import load_hardware
-from batchpipe.plan.offload import (
+from batchpipe.cost.hardware import load_hardware
+from batchpipe.cost.model_shape import KNOWN_SHAPES
+from batchpipe.cost.roofline import RooflineCost
+from batchpipe.pipeline.simulated import SimulatedPipeline
+from batchpipe.runner.simulate import simulate
+from batchpipe.scheduler.offload.circulation import Circulation, Manner
+from batchpipe.scheduler.offload.circulation_clock import Rates, run_circulation
+from batchpipe.scheduler.offload.decode_time import DecodeTime
+from batchpipe.scheduler.offload.residency import Tiers, Window
+from batchpipe.scheduler.offload.selection import (
     Aim,
     Candidates,
     batch_capacity_blocks,
@@ -35,12 +38,9 @@ from batchpipe.plan.offload import (
     prefetch_budget_bytes,
     select,
 )
-from batchpipe.plan.published import PublishedTemporal
-from batchpipe.plan.residency import Tiers, Window
-from batchpipe.plan.roofline import RooflineCost
-from batchpipe.plan.schedules import SCHEDULES
-from batchpipe.plan.state import State
-from batchpipe.simulate import simulate
+from batchpipe.scheduler.policies.schedules import SCHEDULES
+from batchpipe.scheduler.policies.td_pipe import TdPipe
+from batchpipe.scheduler.state import SchedulerState
 from batchpipe.types import Capacity
 
 MODEL = "Llama-2-70B"
@@ -105,7 +105,7 @@ class Node:
 
     @classmethod
     def of(cls, machine: str) -> Node:
-        hardware, geometry = load_hardware(machine), KNOWN_GEOMETRIES[MODEL]
+        hardware, geometry = load_hardware(machine), KNOWN_SHAPES[MODEL]
         cost = RooflineCost.pipeline(hardware, geometry, NUM_STAGES)
         link = hardware.device.effective_link
         num_layers = geometry.num_layers // NUM_STAGES
@@ -124,7 +124,7 @@ class Node:
 
 def room_bytes(machine: str) -> list[float]:
     """Each stage's room for KV: the first one also holds the embedding, the last one the head."""
-    geometry, memory = KNOWN_GEOMETRIES[MODEL], load_hardware(machine).device.memory_bytes
+    geometry, memory = KNOWN_SHAPES[MODEL], load_hardware(machine).device.memory_bytes
     layers_bytes = sum(geometry.layer_weight_bytes[: geometry.num_layers // NUM_STAGES])
     ends = [geometry.head_weight_bytes if stage in (0, NUM_STAGES - 1) else 0 for stage in range(NUM_STAGES)]
     return [MEMORY_SHARE * memory - ACTIVATION_BYTES - layers_bytes - more for more in ends]
@@ -154,12 +154,12 @@ OURS = replace(ONE_MORE, edge=True, corrected=True)
 MANNERS = {"pipemax": PIPEMAX, "+layers": LAYERS, "+rides": RIDES, "+one_more": ONE_MORE, "ours": OURS}
 
 
-class AtOccupancy(PublishedTemporal):
+class AtOccupancy(TdPipe):
     """TD-Pipe, but back to prefills where the KV in use falls below a part of the pool: its code's rule thrashes."""
 
     refill_below = 0.0
 
-    def _prefill_pays(self, state: State) -> bool:
+    def _prefill_pays(self, state: SchedulerState) -> bool:
         return state.ledger.num_used < self.refill_below * state.ledger.num_blocks
 
 
@@ -183,7 +183,7 @@ def resident(
 
 
 def circulated(node: Node, manner: Manner, lengths: Lengths, link_share: float = 1.0) -> dict[str, float]:
-    """A manner of circulating; the link carries `link_share` of what the planner believes."""
+    """A manner of circulating; the link carries `link_share` of what the scheduler believes."""
     published = manner.window is Window.BATCH
     time = node.time.straightened(LINE_SEQUENCES) if published else node.time
     prompt, output = lengths.prompt_tokens.astype(np.int64), lengths.output_tokens.astype(np.int64)
@@ -236,7 +236,7 @@ def compare(data: Path, machine: str, workload: Workload, num_requests: int, see
 
 
 def contended(data: Path, machine: str, workload: Workload, num_requests: int, seed: int) -> dict[str, object]:
-    """A link that carries less than the planner believes, with budgets corrected and not."""
+    """A link that carries less than the scheduler believes, with budgets corrected and not."""
     node, lengths = Node.of(machine), lengths_of(data, workload).draw(num_requests, seed)
     found: dict[str, object] = {}
     for share in (1.0, 0.75, 0.5):

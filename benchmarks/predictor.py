@@ -32,15 +32,15 @@ from pathlib import Path
 
 import numpy as np
 
+from batchpipe.commands.plan_lengths import INTERVAL_ERRORS
 from batchpipe.job.spec import InputSpec
-from batchpipe.plan_lengths import INTERVAL_ERRORS
+from batchpipe.model.tokenizer import load_tokenizer
 from batchpipe.predict.base import Classifier, Survival
-from batchpipe.predict.evaluate import GROUP_ROWS, evaluate, group_sum_error
-from batchpipe.predict.examples import Examples, read_examples
 from batchpipe.predict.online import OnlinePredictor
 from batchpipe.predict.quantile import QuantileClassifier
-from batchpipe.predict.train import train
-from batchpipe.tokenizer import load_tokenizer
+from batchpipe.training.evaluate import GROUP_ROWS, evaluate, group_sum_error
+from batchpipe.training.examples import Examples, read_examples
+from batchpipe.training.train import train
 from batchpipe.types import BoolArray, Int32Array
 
 MAX_TOKENS = 1024

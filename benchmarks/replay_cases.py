@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchpipe.plan.cost import StepWork
+from batchpipe.cost.model import StepWork
 from batchpipe.predict.base import Survival
 from batchpipe.sample.rng import stream_of
 from batchpipe.types import BoolArray, Carried, Int32Array, Request, RowKey, SamplingParams

@@ -21,11 +21,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchpipe.execute.base import Pipeline
-from batchpipe.execute.fake import FakePipeline
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo
-from batchpipe.run_job import run_job
+from batchpipe.pipeline.base import Pipeline
+from batchpipe.pipeline.fake import FakePipeline
+from batchpipe.runner.run import run_job
 from batchpipe.types import Capacity
 
 SUBJECTS = ("gravity", "a prime number", "the tide", "an opcode", "yeast", "a sonnet", "inflation", "the ozone layer")

@@ -5,8 +5,8 @@
 
 Four L20 cards without NVLink. A system is a way to use them and a schedule, as in `pipeline/temporal`:
 
-- pipeline: a stage a card, one planner whose batches circulate;
-- engines: a stage a card, but four planners with a quarter of the KV each and a batch in flight each, which is how
+- pipeline: a stage a card, one scheduler whose batches circulate;
+- engines: a stage a card, but four schedulers with a quarter of the KV each and a batch in flight each, which is how
   vLLM 0.5.3, the paper's baseline, runs a pipeline (its "virtual engines");
 - tensor: every layer on all cards, two all-reduces a layer.
 
@@ -25,8 +25,8 @@ from time import perf_counter
 
 from replay_cases import EOS_TOKEN_ID, L20, MODELS, CurveCost, ReplayPredictor, read_lengths, requests_of
 
-from batchpipe.execute.simulate import SimulatedPipeline, SimulatedStages
-from batchpipe.simulate import simulate
+from batchpipe.pipeline.simulated import SimulatedPipeline, SimulatedStages
+from batchpipe.runner.simulate import simulate
 from batchpipe.types import Capacity
 
 SYSTEMS = (

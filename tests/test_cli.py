@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import batchpipe
 from batchpipe.cli import main
-from batchpipe.doctor import Finding
+from batchpipe.commands.doctor import Finding
 from batchpipe.errors import InterruptedRunError, ModelError, OutputError
 
 JOB = "model: {name: some/model}\ninput: {path: rows.jsonl}\noutput: {path: out}\n"
@@ -122,7 +122,7 @@ def test_wrong_usage_ends_with_2(arguments):
 def test_validate_reports_rows_and_problems(job_path, monkeypatch, failed, code):
     report = {"rows": 5, "failed": failed, "problems": ["row 3: empty_prompt"] * failed}
     fake = SimpleNamespace(validate_job=lambda job: report)
-    monkeypatch.setitem(sys.modules, "batchpipe.validate", fake)
+    monkeypatch.setitem(sys.modules, "batchpipe.commands.validate", fake)
     done = invoke("validate", job_path)
     assert (done.exit_code, json.loads(done.stdout)) == (code, report)
     assert done.stderr == "row 3: empty_prompt\n" * failed
@@ -131,7 +131,7 @@ def test_validate_reports_rows_and_problems(job_path, monkeypatch, failed, code)
 def test_status_prints_what_is_known_of_a_folder(tmp_path, monkeypatch):
     started_at = datetime(2024, 1, 31, tzinfo=UTC)
     fake = SimpleNamespace(status_of=lambda folder: {"folder": folder.name, "last_run": {"started_at": started_at}})
-    monkeypatch.setitem(sys.modules, "batchpipe.status", fake)
+    monkeypatch.setitem(sys.modules, "batchpipe.commands.status", fake)
     done = invoke("status", str(tmp_path / "runs"))
     assert (done.exit_code, json.loads(done.stdout)) == (
         0,
@@ -150,7 +150,7 @@ def test_schema_is_a_json_schema():
 @pytest.mark.parametrize(("is_broken", "code"), [(False, 0), (True, 1)])
 def test_doctor_says_what_is_broken(monkeypatch, is_broken, code):
     findings = [Finding("cpu", 2, "2 cores"), Finding("cache folder", "/c", "/c", "move it", is_broken=is_broken)]
-    monkeypatch.setattr("batchpipe.doctor.examine", lambda: findings)
+    monkeypatch.setattr("batchpipe.commands.doctor.examine", lambda: findings)
     done = invoke("doctor")
     assert (done.exit_code, json.loads(done.stdout)) == (code, {"cpu": 2, "cache folder": "/c"})
     assert done.stderr.splitlines() == [

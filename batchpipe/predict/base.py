@@ -1,6 +1,6 @@
 """What a predictor of completion lengths says: a distribution a class of rows, never a single number.
 
-Rows are sorted into a few classes before they run; a class has a survival curve, P(length > t). What the planner asks
+Rows are sorted into a few classes before they run; a class has a survival curve, P(length > t). What the scheduler asks
 (the KV in use so many steps from now, the rest of a row that runs) are sums over such curves, as arrays.
 """
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from batchpipe.predict.base import Classifier, FloatArray, Survival, length_grid
-from batchpipe.predict.life_table import LifeTable
+from batchpipe.predict.survival import LifeTable
 from batchpipe.types import BoolArray, Int32Array
 
 # Weights of what is believed beforehand, in rows: of the prior in the job's pooled curve, and of the moved curve in a

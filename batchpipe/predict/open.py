@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from batchpipe.errors import JobError
+from batchpipe.model.tokenizer import Tokenizer
 from batchpipe.predict.base import Classifier, LengthPredictor
 from batchpipe.predict.online import OnlinePredictor
 from batchpipe.predict.quantile import QuantileClassifier, shipped_folder
 from batchpipe.predict.trained_file import load_classifier, tokenizer_fingerprint
-from batchpipe.tokenizer import Tokenizer
 
 
 def open_predictor(method: str, tokenizer: Tokenizer, max_tokens: int) -> LengthPredictor | None:

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from batchpipe.errors import JobError
+from batchpipe.model.tokenizer import Tokenizer
 from batchpipe.predict.base import FloatArray, Survival
 from batchpipe.predict.classifier import LinearModel, TrainedClassifier
 from batchpipe.predict.features import FEATURES_VERSION
-from batchpipe.tokenizer import Tokenizer
 from batchpipe.write.durable import write_whole
 
 _FORMAT = f"batchpipe-length-predictor 1.{FEATURES_VERSION}"

@@ -15,10 +15,10 @@ import jinja2
 
 from batchpipe.errors import JobError, RowError
 from batchpipe.job.spec import InputSpec
-from batchpipe.read.frame import TextFrame, find_text_frame, find_token_frame
+from batchpipe.model.tokenizer import Tokenizer
+from batchpipe.read.formats.frame import TextFrame, find_text_frame, find_token_frame
 from batchpipe.read.messages import COMMON_ROLES, Message, checked_messages
 from batchpipe.read.template import PromptTemplate
-from batchpipe.tokenizer import Tokenizer
 from batchpipe.types import ErrorCode
 
 # What a template raises when row data does not suit it; anything else is our own mistake.

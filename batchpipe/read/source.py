@@ -13,9 +13,9 @@ from batchpipe.job.spec import InputSpec
 from batchpipe.read.columns import Carry, RawBatch, Reader
 from batchpipe.read.duplicates import SeenIds
 from batchpipe.read.files import InputFile, find_files
-from batchpipe.read.hub import HUB_SCHEME, is_saved_dataset, open_hub, open_saved
-from batchpipe.read.jsonl import JsonlReader
-from batchpipe.read.parquet import ParquetReader
+from batchpipe.read.formats.hub import HUB_SCHEME, is_saved_dataset, open_hub, open_saved
+from batchpipe.read.formats.jsonl import JsonlReader
+from batchpipe.read.formats.parquet import ParquetReader
 from batchpipe.types import Carried, ErrorCode, FailedRow, Row, RowKey
 
 MAX_ID_CHARACTERS = 1_024

@@ -7,7 +7,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from batchpipe.plan.cost import seconds_without_stalls
+from batchpipe.cost.model import seconds_without_stalls
 from batchpipe.types import Outcome, StepResult
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_cases import PagedCase, attend_in_chunks
 
 from batchpipe.attention.cpu import CpuAttention
 from batchpipe.attention.reference import ReferenceAttention
+from tests.attention.paged_cases import PagedCase, attend_in_chunks
 
 cpu_attention = CpuAttention.open()
 pytestmark = pytest.mark.skipif(cpu_attention is None, reason="no C compiler")

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from paged_cases import PagedCase, attend_in_chunks
 
 from batchpipe.attention.base import AttentionInputs
 from batchpipe.attention.reference import ReferenceAttention
 from batchpipe.kv.pool import KvPool
+from tests.attention.paged_cases import PagedCase, attend_in_chunks
 
 
 def attend_token_by_token(case: PagedCase, sequence: int) -> torch.Tensor:

@@ -13,15 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 from batchpipe.errors import InputError, JobError, OutputError
 from batchpipe.job.spec import InputSpec
+from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
 from batchpipe.predict import open as opening
-from batchpipe.predict.evaluate import GROUP_ROWS, evaluate, group_sum_error
-from batchpipe.predict.examples import Examples, read_examples
 from batchpipe.predict.features import END_TOKENS, presence
 from batchpipe.predict.online import OnlinePredictor
 from batchpipe.predict.open import open_predictor
-from batchpipe.predict.train import train
 from batchpipe.predict.trained_file import load_classifier, save_classifier, tokenizer_fingerprint
-from batchpipe.tokenizer import Tokenizer, load_tokenizer
+from batchpipe.training.evaluate import GROUP_ROWS, evaluate, group_sum_error
+from batchpipe.training.examples import Examples, read_examples
+from batchpipe.training.train import train
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
 NUM_TOKEN_IDS = 300

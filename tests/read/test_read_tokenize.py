@@ -12,9 +12,9 @@ import pytest
 from batchpipe.errors import JobError
 from batchpipe.job import Sampling
 from batchpipe.job.spec import InputSpec
+from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
 from batchpipe.read.render import Renderer
 from batchpipe.read.tokenize import BATCH_ROWS, requests
-from batchpipe.tokenizer import Tokenizer, load_tokenizer
 from batchpipe.types import Carried, ErrorCode, FailedRow, Request, Row, RowKey
 from tests.tiny_tokenizer import build_tiny_tokenizer
 

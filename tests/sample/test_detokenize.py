@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from sampling_cases import settings
 
 from batchpipe.sample.detokenize import detokenize, failed_outcome
 from batchpipe.types import (
@@ -22,6 +21,7 @@ from batchpipe.types import (
     SampleOutcome,
     TokenLogprobs,
 )
+from tests.sample.sampling_cases import settings
 
 EOS = 9
 KEY = RowKey(4, "row-4", Carried(pa.record_batch({}), 0))

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from sampling_cases import sequence_start, settings
 from torch import Tensor
 from transformers.generation import logits_process
 
 from batchpipe.sample.rng import stream_of
 from batchpipe.sample.sampler import Sampler
+from tests.sample.sampling_cases import sequence_start, settings
 
 V = 211
 EOS = 7

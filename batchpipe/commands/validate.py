@@ -1,0 +1,44 @@
+"""`batchpipe validate`: every row read, rendered and tokenised as a run would, without a model's weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from batchpipe.job import Job
+from batchpipe.runner.prepare import prepare
+from batchpipe.types import FailedRow
+
+# Of each kind of failure so many rows are listed; the counts are of all.
+LISTED_PER_CODE = 5
+
+
+def validate_job(job: Job) -> dict[str, Any]:
+    """Counts of rows and tokens, and what would fail and why.
+
+    Raises the errors that a run of the job would raise before it loads the model.
+    """
+    prepared = prepare(job)
+    num_rows = num_prompt_tokens = longest_prompt_tokens = num_output_tokens = 0
+    codes: Counter[str] = Counter()
+    problems: list[str] = []
+    for item in prepared.requests():
+        num_rows += 1
+        if isinstance(item, FailedRow):
+            codes[item.code] += 1
+            if codes[item.code] <= LISTED_PER_CODE:
+                problems.append(f"row {item.key.index} ({item.key.row_id}): {item.code}: {item.message}")
+            continue
+        num_prompt_tokens += len(item.prompt_token_ids)
+        longest_prompt_tokens = max(longest_prompt_tokens, len(item.prompt_token_ids))
+        num_output_tokens += item.sampling.max_tokens * item.sampling.n
+    return {
+        "rows": num_rows,
+        "failed": sum(codes.values()),
+        "failed_by_code": dict(codes),
+        "prompt_tokens": num_prompt_tokens,
+        "longest_prompt_tokens": longest_prompt_tokens,
+        "max_output_tokens": num_output_tokens,
+        "model": prepared.model.name,
+        "problems": problems,
+    }

@@ -1,0 +1,147 @@
+"""A model's size, as far as time depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchpipe.model.describe import ModelInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """One decoder. Floating point operations are for one token, without attention over its context."""
+
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocabulary_size: int
+    item_bytes: int  # of a weight, an activation, a key or a value
+    layer_flops: tuple[float, ...]
+    layer_weight_bytes: tuple[int, ...]
+
+    @property
+    def kv_bytes_per_token_layer(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.item_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.num_layers * self.kv_bytes_per_token_layer
+
+    @property
+    def hidden_bytes_per_token(self) -> int:
+        return self.hidden_size * self.item_bytes
+
+    @property
+    def head_weight_bytes(self) -> int:
+        return self.hidden_size * self.vocabulary_size * self.item_bytes
+
+    @property
+    def head_flops(self) -> float:
+        return 2.0 * self.hidden_size * self.vocabulary_size
+
+    @classmethod
+    def of(cls, info: ModelInfo) -> ModelShape:
+        """The geometry of a described model."""
+        return cls(
+            name=info.folder.name,
+            num_layers=info.num_layers,
+            num_heads=info.num_heads,
+            num_kv_heads=info.num_kv_heads,
+            head_dim=info.head_dim,
+            hidden_size=info.hidden_size,
+            vocabulary_size=info.vocabulary_size,
+            item_bytes=info.kv_bytes_per_token_layer // (2 * info.num_kv_heads * info.head_dim),
+            layer_flops=info.layer_costs,
+            layer_weight_bytes=info.layer_weight_bytes,
+        )
+
+    @classmethod
+    def transformer(
+        cls,
+        name: str,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        intermediate_size: int,
+        vocabulary_size: int,
+        num_experts: int = 1,
+        num_experts_per_token: int = 1,
+    ) -> ModelShape:
+        """A Llama-like model in 16 bits: gated feed-forward network, heads that together are as wide as the model."""
+        head_dim = hidden_size // num_heads
+        attention = 2 * hidden_size * (num_heads + num_kv_heads) * head_dim
+        expert = 3 * hidden_size * intermediate_size
+        return cls(
+            name=name,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            hidden_size=hidden_size,
+            vocabulary_size=vocabulary_size,
+            item_bytes=2,
+            layer_flops=(2.0 * (attention + num_experts_per_token * expert),) * num_layers,
+            layer_weight_bytes=(2 * (attention + num_experts * expert),) * num_layers,
+        )
+
+
+# Sizes of models that published results are about, from their config.json.
+KNOWN_SHAPES = {
+    geometry.name: geometry
+    for geometry in (
+        ModelShape.transformer(
+            "Llama-2-13B",
+            num_layers=40,
+            hidden_size=5120,
+            num_heads=40,
+            num_kv_heads=40,
+            intermediate_size=13824,
+            vocabulary_size=32000,
+        ),
+        ModelShape.transformer(
+            "Llama-2-70B",
+            num_layers=80,
+            hidden_size=8192,
+            num_heads=64,
+            num_kv_heads=8,
+            intermediate_size=28672,
+            vocabulary_size=32000,
+        ),
+        ModelShape.transformer(
+            "Llama-3.1-8B",
+            num_layers=32,
+            hidden_size=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            intermediate_size=14336,
+            vocabulary_size=128256,
+        ),
+        ModelShape.transformer(
+            "Qwen2.5-32B",
+            num_layers=64,
+            hidden_size=5120,
+            num_heads=40,
+            num_kv_heads=8,
+            intermediate_size=27648,
+            vocabulary_size=152064,
+        ),
+        ModelShape.transformer(
+            "Mixtral-8x7B",
+            num_layers=32,
+            hidden_size=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            intermediate_size=14336,
+            vocabulary_size=32000,
+            num_experts=8,
+            num_experts_per_token=2,
+        ),
+    )
+}

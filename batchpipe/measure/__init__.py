@@ -1,1 +1,0 @@
-"""Measuring this machine with one model: the work behind `batchpipe profile`."""

@@ -1,0 +1,126 @@
+"""How hidden states get from one stage's process to the next.
+
+The receiver knows from the step it was given how many tokens will come, so nothing but the payload travels
+(structure-aware transmission, SiPipe 2506.22033). On the CPU that is a ring of slots in memory both processes map,
+with a socket as doorbell; between GPUs, or where asked for, point-to-point operations of torch.distributed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from batchpipe.pipeline.messages import Closed
+
+NUM_SLOTS = 2
+_BELL = b"\x01"
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """The largest hidden state that can come: [max_tokens, hidden_size] of `dtype`."""
+
+    max_tokens: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.max_tokens * self.hidden_size * self.dtype.itemsize
+
+
+class Channel(Protocol):
+    """One direction between two neighbours. Both ends raise `Closed` where the other one is gone."""
+
+    def send(self, hidden: Tensor) -> None: ...
+
+    def receive(self, num_tokens: int) -> Tensor:
+        """[num_tokens, hidden_size]; valid until `release`."""
+
+    def release(self) -> None:
+        """The receiver is done with what `receive` gave."""
+
+
+class SharedMemoryChannel:
+    """A ring of `NUM_SLOTS` slots; each end counts on its own, a byte on the socket says full, or free again.
+
+    The memory has no name (memfd), so nothing is left behind and the size of /dev/shm does not matter.
+    """
+
+    def __init__(self, memory_fd: int, bell: socket.socket, payload: Payload) -> None:
+        self._payload = payload
+        self._bell = bell
+        self._map = mmap.mmap(memory_fd, NUM_SLOTS * payload.nbytes)
+        slots = torch.frombuffer(self._map, dtype=payload.dtype)
+        self._slots = slots.view(NUM_SLOTS, payload.max_tokens, payload.hidden_size)
+        self._next = 0
+        self._num_free = NUM_SLOTS
+
+    @staticmethod
+    def make_memory(payload: Payload) -> int:
+        """A file descriptor of anonymous memory of the right size, to be inherited by both ends."""
+        memory_fd = os.memfd_create("batchpipe-channel")
+        os.truncate(memory_fd, NUM_SLOTS * payload.nbytes)
+        return memory_fd
+
+    def send(self, hidden: Tensor) -> None:
+        if self._num_free == 0:
+            self._wait()
+            self._num_free += 1
+        self._slots[self._next, : hidden.shape[0]].copy_(hidden)
+        self._num_free -= 1
+        self._ring()
+        self._next = (self._next + 1) % NUM_SLOTS
+
+    def receive(self, num_tokens: int) -> Tensor:
+        self._wait()
+        return self._slots[self._next, :num_tokens]
+
+    def release(self) -> None:
+        self._next = (self._next + 1) % NUM_SLOTS
+        self._ring()
+
+    def _ring(self) -> None:
+        try:
+            self._bell.sendall(_BELL)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise Closed from error
+
+    def _wait(self) -> None:
+        try:
+            if not self._bell.recv(1):
+                raise Closed
+        except ConnectionResetError as error:
+            raise Closed from error
+
+
+class DistributedChannel:
+    """torch.distributed between ranks (NCCL between GPUs, gloo elsewhere); the rank of a stage is its index."""
+
+    def __init__(self, peer: int, payload: Payload, device: str) -> None:
+        self._peer = peer
+        self._buffer = torch.empty(payload.max_tokens, payload.hidden_size, dtype=payload.dtype, device=device)
+
+    def send(self, hidden: Tensor) -> None:
+        try:
+            distributed.send(hidden.contiguous(), self._peer)
+        except RuntimeError as error:
+            raise Closed from error
+
+    def receive(self, num_tokens: int) -> Tensor:
+        hidden = self._buffer[:num_tokens]
+        try:
+            distributed.recv(hidden, self._peer)
+        except RuntimeError as error:
+            raise Closed from error
+        return hidden
+
+    def release(self) -> None:
+        """The next receive comes after this step's work on the same stream, so the buffer is free by then."""

@@ -1,0 +1,70 @@
+"""All stages in this process, one after the other: the pipeline of one device, and the yardstick for the others."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from torch import Tensor
+
+from batchpipe.pipeline.memory import StageMemory
+from batchpipe.pipeline.messages import merge_corrupt
+from batchpipe.pipeline.stage import Stage, StageSpec
+from batchpipe.sample.sampler import SampledTokens
+from batchpipe.types import Capacity, Step, StepResult
+
+
+class LocalPipeline:
+    """`capacity_of` turns what the loaded stages report into the capacity to offer."""
+
+    def __init__(self, specs: Sequence[StageSpec], capacity_of: Callable[[Sequence[StageMemory]], Capacity]) -> None:
+        self._stages = [Stage(spec) for spec in specs]
+        self.device_names = tuple(stage.device_name for stage in self._stages)
+        self.capacity = capacity_of(
+            [StageMemory(s.free_bytes, s.bytes_per_block, s.block_tokens) for s in self._stages]
+        )
+        self.sockets = ()
+        self._in_flight: deque[Step] = deque()
+        for stage in self._stages:
+            stage.allocate(self.capacity.num_blocks, self.capacity.num_host_blocks, self.capacity.streams_per_block)
+
+    def __enter__(self) -> LocalPipeline:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for stage in self._stages:
+            stage.close()
+        self._stages.clear()
+
+    def submit(self, step: Step) -> None:
+        assert len(self._in_flight) < self.capacity.max_in_flight, "more steps in flight than the pipeline holds"
+        self._in_flight.append(step)
+        for stage in self._stages:
+            stage.announce(step)
+
+    def collect(self) -> StepResult:
+        step = self._in_flight.popleft()
+        output: Tensor | SampledTokens | None = None
+        stage_seconds = []
+        for stage in self._stages:
+            started = perf_counter()
+            assert not isinstance(output, SampledTokens)
+            output = stage.run(step, output)
+            stage_seconds.append(perf_counter() - started)
+        assert isinstance(output, SampledTokens)
+        uses = [stage.link_use for stage in self._stages]
+        return StepResult(
+            step.step_id,
+            output.token_ids,
+            output.logprobs,
+            tuple(stage_seconds),
+            tuple(use for use in uses if use is not None),
+            merge_corrupt(stage.corrupt for stage in self._stages),
+        )
+
+    def ready(self) -> bool:
+        return bool(self._in_flight)
+
+    def restart(self) -> None:
+        raise AssertionError("there is no process here that could be lost")

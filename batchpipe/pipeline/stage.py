@@ -1,0 +1,193 @@
+"""One pipeline stage: its layers, its share of KV on the device and the host, and on the last stage the sampler."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from batchpipe.attention.base import AttentionBackend, AttentionInputs
+from batchpipe.attention.choose import choose_backend
+from batchpipe.kv.pool import KvPool
+from batchpipe.model.fuse import fuse
+from batchpipe.model.load import load_stage
+from batchpipe.pipeline.memory import free_bytes
+from batchpipe.pipeline.swap.copy_engine import EmulatedLink
+from batchpipe.pipeline.swap.kv_swapper import KvSwapper
+from batchpipe.sample.sampler import SampledTokens, Sampler
+from batchpipe.types import Int32Array, LinkUse, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """Everything a stage must know before its first step; it reaches a worker process as MessagePack."""
+
+    index: int
+    num_stages: int
+    first_layer: int
+    end_layer: int
+    model_folder: str
+    trust_remote_code: bool
+    dtype: str
+    device: str
+    attention: str
+    block_tokens: int | None  # None: what the attention backend likes best
+    num_threads: int
+    cpus: tuple[int, ...]  # processors to stay on; empty: any
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocabulary_size: int
+    eos_token_ids: tuple[int, ...]
+    max_step_tokens: int
+    kv_verify: str = "off"
+    link: EmulatedLink | None = None  # between the tiers of KV, in place of the machine's own
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+
+def device_name(device: str, num_threads: int) -> str:
+    """The GPU's name, or the processor's and the threads it computes with."""
+    if device == "cpu":
+        return f"{processor_name()}, {num_threads} threads"
+    return torch.cuda.get_device_name(device)
+
+
+def processor_name() -> str:
+    """As the system calls the processor, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = next((line for line in lines if line.startswith("model name")), "")
+    return named.partition(":")[2].strip() or f"{platform.machine()} CPU"
+
+
+class Stage:
+    """Loads its layers when made; takes steps after `allocate`, until `close`.
+
+    Where there is host memory for KV, every step is announced before it runs. link_use, corrupt: of the last step, as
+    in `StepResult`; none where there is one tier.
+    """
+
+    link_use: LinkUse | None = None
+    corrupt: dict[int, str]
+
+    def __init__(self, spec: StageSpec) -> None:
+        self.spec = spec
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        torch.set_num_threads(spec.num_threads)
+        self._backend = choose_backend(spec.attention, torch.device(spec.device), self.dtype, spec.head_dim)
+        self._model = load_stage(
+            Path(spec.model_folder),
+            range(spec.first_layer, spec.end_layer),
+            is_first=spec.is_first,
+            is_last=spec.is_last,
+            dtype=self.dtype,
+            device=spec.device,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        if spec.device == "cpu" and self._backend.name == "cpu":
+            fuse(self._model, self.dtype)
+        self._sampler = Sampler(spec.vocabulary_size, spec.eos_token_ids) if spec.is_last else None
+        self._pool: KvPool | None = None
+        self._tiers: KvSwapper | None = None
+        self.corrupt = {}
+
+    @property
+    def block_tokens(self) -> int:
+        return self.spec.block_tokens or self._backend.default_block_tokens
+
+    @property
+    def bytes_per_block(self) -> int:
+        num_layers = self.spec.end_layer - self.spec.first_layer
+        return num_layers * 2 * self.spec.num_kv_heads * self.block_tokens * self.spec.head_dim * self.dtype.itemsize
+
+    @property
+    def device_name(self) -> str:
+        return device_name(self.spec.device, self.spec.num_threads)
+
+    @property
+    def free_bytes(self) -> int:
+        return free_bytes(self.spec.device)
+
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0, streams_per_block: int = 0) -> None:
+        """As `Capacity` says. Raises MemoryLimitError."""
+        num_layers = self.spec.end_layer - self.spec.first_layer
+        geometry = (num_layers, self.spec.num_kv_heads, self.block_tokens, self.spec.head_dim, self.dtype)
+        self._pool = KvPool(num_blocks, *geometry, self.spec.device)
+        if not num_host_blocks:
+            return
+        pinned = self._pool.device.type == "cuda"
+        self._tiers = KvSwapper(
+            self._pool,
+            KvPool(num_host_blocks, *geometry, pinned=pinned, asked_by="engine.kv_host_memory"),
+            self._backend,
+            stage_index=self.spec.index,
+            streams_per_block=streams_per_block,
+            max_step_tokens=self.spec.max_step_tokens,
+            kv_verify=self.spec.kv_verify,
+            emulated=self.spec.link,
+        )
+
+    def announce(self, step: Step) -> None:
+        """In the order of the steps, as early as the step is known: what it needs from the host sets out."""
+        if self._tiers is not None:
+            self._tiers.announce(step)
+
+    def close(self) -> None:
+        if self._tiers is not None:
+            self._tiers.close()
+
+    @torch.inference_mode()
+    def run(self, step: Step, hidden: Tensor | None) -> Tensor | SampledTokens:
+        """One step: hidden states [T, hidden_size] in (none on the first stage) and out (tokens on the last)."""
+        if self._tiers is None:
+            assert step.transfers is None, "transfers where there is one tier"
+            return self._finish(step, self._compute(step, hidden, self._backend, None))
+        stream_slots = self._tiers.begin(step)
+        output = self._compute(step, hidden, self._tiers.backend, stream_slots)
+        self.link_use, self.corrupt = self._tiers.finish()
+        return self._finish(step, output)
+
+    def _compute(
+        self, step: Step, hidden: Tensor | None, backend: AttentionBackend, stream_slots: Int32Array | None
+    ) -> Tensor:
+        """Hidden states, or on the last stage the logits of those that sample."""
+        assert self._pool is not None, "a step before allocate()"
+        if len(step.copied_blocks):
+            self._pool.copy_blocks(step.copied_blocks[:, 0], step.copied_blocks[:, 1])
+        inputs = AttentionInputs.build(
+            step.query_lengths,
+            step.context_lengths,
+            step.block_tables,
+            pool=self._pool,
+            backend=backend,
+            first_layer=self.spec.first_layer,
+            stream_slots=stream_slots,
+        )
+        device = self.spec.device
+        source = torch.from_numpy(step.token_ids).to(device) if hidden is None else hidden
+        positions = inputs.positions.to(device)
+        if self._sampler is None:
+            return self._model.forward(inputs, source, positions)
+        rows = (inputs.query_starts[1:] - 1)[torch.from_numpy(step.samples)].long().to(device)
+        return self._model.forward(inputs, source, positions, rows)
+
+    def _finish(self, step: Step, output: Tensor) -> Tensor | SampledTokens:
+        """The last stage samples."""
+        if self._sampler is None:
+            return output
+        for sequence_id in step.released:
+            self._sampler.release(sequence_id)
+        for start in step.started:
+            self._sampler.start(start)
+        drawn = [i for i, samples in zip(step.sequence_ids, step.samples, strict=True) if samples]
+        return self._sampler.sample(output, drawn)

@@ -1,0 +1,53 @@
+"""An attention backend that hands on every layer's new KV before it computes, and tells when it has computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from batchpipe.attention.base import AttentionBackend, AttentionInputs
+
+
+class KvCapture:
+    """See `AttentionBackend`.
+
+    before: called with the layer and its new tokens' key and value [T, Hkv, D], after: with the layer.
+    """
+
+    def __init__(
+        self, backend: AttentionBackend, before: Callable[[int, Tensor, Tensor], None], after: Callable[[int], None]
+    ) -> None:
+        self.name = backend.name
+        self.default_block_tokens = backend.default_block_tokens
+        self._backend = backend
+        self._before = before
+        self._after = after
+
+    def forward(
+        self,
+        inputs: AttentionInputs,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        self._before(layer, key, value)
+        attended = self._backend.forward(
+            inputs,
+            layer,
+            query,
+            key,
+            value,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        self._after(layer)
+        return attended

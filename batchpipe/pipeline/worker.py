@@ -1,0 +1,165 @@
+"""The process of one stage: `python -m batchpipe.pipeline.worker`, started and fed by `MultiprocessPipeline`.
+
+Its first line on standard input is a `WorkerSpec`; then it loads, reports, allocates, and runs steps until its
+controller is gone. It dies with its parent, and leaves signals meant for the job to its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Literal
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from batchpipe.errors import BatchpipeError
+from batchpipe.pipeline.channel import Channel, DistributedChannel, Payload, SharedMemoryChannel
+from batchpipe.pipeline.messages import Allocate, Allocated, Closed, Loaded, StageReport, Wire, decode
+from batchpipe.pipeline.stage import Stage, StageSpec
+from batchpipe.sample.sampler import SampledTokens
+from batchpipe.types import Step
+
+NEIGHBOUR_LOST = 3  # the exit code of a worker that ends because another process did
+_PR_SET_PDEATHSIG = 1
+
+
+Transport = Literal["shared_memory", "gloo", "nccl"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpec:
+    """One channel's end: the peer's rank, and for shared memory the inherited file descriptors."""
+
+    peer: int
+    memory_fd: int | None = None
+    bell_fd: int | None = None
+
+    @property
+    def inherited(self) -> tuple[int, ...]:
+        return tuple(fd for fd in (self.memory_fd, self.bell_fd) if fd is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    stage: StageSpec
+    parent_pid: int
+    control_fd: int
+    transport: Transport
+    rendezvous: str  # where the ranks of torch.distributed meet: a file:// address
+    incoming: LinkSpec | None
+    outgoing: LinkSpec | None
+
+
+def main() -> int:
+    spec = decode(sys.stdin.buffer.read(), WorkerSpec)
+    die_with(spec.parent_pid)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if spec.stage.cpus:
+        os.sched_setaffinity(0, spec.stage.cpus)
+    control = Wire(socket.socket(fileno=spec.control_fd))
+    try:
+        stage = Stage(spec.stage)
+    except BatchpipeError as error:
+        control.send(Loaded(error=type(error).__name__, error_message=str(error)))
+        return NEIGHBOUR_LOST
+    try:
+        control.send(Loaded(stage.free_bytes, stage.bytes_per_block, stage.block_tokens, stage.device_name))
+        given = control.receive(Allocate)
+        try:
+            stage.allocate(given.num_blocks, given.num_host_blocks, given.streams_per_block)
+        except BatchpipeError as error:
+            control.send(Allocated(type(error).__name__, str(error)))
+            return NEIGHBOUR_LOST
+        control.send(Allocated())
+        incoming, outgoing = connect(spec, stage.dtype)
+        inbox = Inbox(control, stage)
+        while True:
+            run_step(inbox.next_step(), control, stage, incoming, outgoing)
+    except Closed:
+        return NEIGHBOUR_LOST
+
+
+class Inbox:
+    """Takes in steps on a thread of its own: what a step needs from the host sets out while others run."""
+
+    def __init__(self, control: Wire, stage: Stage) -> None:
+        self._control = control
+        self._stage = stage
+        self._steps: SimpleQueue[Step | BaseException] = SimpleQueue()
+        threading.Thread(target=self._listen, name="inbox", daemon=True).start()
+
+    def next_step(self) -> Step:
+        """In their order. Raises Closed where the controller is gone."""
+        step = self._steps.get()
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                step = self._control.receive(Step)
+                self._stage.announce(step)
+                self._steps.put(step)
+        except BaseException as error:  # raised by `next_step`
+            self._steps.put(error)
+
+
+def run_step(step: Step, control: Wire, stage: Stage, incoming: Channel | None, outgoing: Channel | None) -> None:
+    hidden: Tensor | None = None
+    if incoming is not None:
+        hidden = incoming.receive(len(step.token_ids))
+    started = perf_counter()
+    output = stage.run(step, hidden)
+    seconds = perf_counter() - started
+    if incoming is not None:
+        incoming.release()
+    if isinstance(output, SampledTokens):
+        logprobs = dict(output.logprobs)
+        control.send(StageReport(step.step_id, seconds, output.token_ids, logprobs, stage.link_use, stage.corrupt))
+        return
+    assert outgoing is not None
+    outgoing.send(output)
+    control.send(StageReport(step.step_id, seconds, link_use=stage.link_use, corrupt=stage.corrupt))
+
+
+def connect(spec: WorkerSpec, dtype: torch.dtype) -> tuple[Channel | None, Channel | None]:
+    payload = Payload(spec.stage.max_step_tokens, spec.stage.hidden_size, dtype)
+    if spec.transport != "shared_memory":
+        distributed.init_process_group(
+            spec.transport,
+            init_method=spec.rendezvous,
+            rank=spec.stage.index,
+            world_size=spec.stage.num_stages,
+        )
+
+    def channel(link: LinkSpec | None) -> Channel | None:
+        if link is None:
+            return None
+        if link.memory_fd is not None:
+            return SharedMemoryChannel(link.memory_fd, socket.socket(fileno=link.bell_fd), payload)
+        return DistributedChannel(link.peer, payload, spec.stage.device)
+
+    return channel(spec.incoming), channel(spec.outgoing)
+
+
+def die_with(parent_pid: int) -> None:
+    """Asks the kernel to kill this process when its parent ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit(NEIGHBOUR_LOST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Hugging Face `datasets`: a folder written by `save_to_disk`, and names on the hub, streamed.
+
+`hf://NAME/SPLIT`, `hf://ORGANISATION/NAME/SPLIT` or `hf://ORGANISATION/NAME/CONFIG/SPLIT`; always the revision that was
+the newest when the input was opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from batchpipe.errors import InputError
+from batchpipe.job.spec import InputSpec
+from batchpipe.read.columns import (
+    BATCH_ROWS,
+    Carry,
+    RawBatch,
+    check_arrow_columns,
+    check_present,
+    choose_carried,
+    choose_id_column,
+)
+from batchpipe.read.formats.parquet import raw_batch
+
+HUB_SCHEME = "hf://"
+
+
+class DatasetReader:
+    """A `Reader` of one split of a `datasets` dataset, stored or streamed."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        name: str,
+        fingerprint: str,
+        num_rows: int | None,
+        spec: InputSpec,
+        carry: Carry,
+        needed: frozenset[str],
+    ) -> None:
+        self._dataset = dataset.with_format("arrow")
+        self._name = name
+        self._num_rows = num_rows
+        self._rows_read = 0
+        self.fingerprint = fingerprint
+        schema = dataset.features.arrow_schema.remove_metadata()
+        self.id_column = choose_id_column(spec, schema.names)
+        self._needed = sorted(needed if self.id_column is None else needed | {self.id_column})
+        check_present(self._needed, schema.names, name)
+        check_arrow_columns(schema, spec, self.id_column, name)
+        self.carried_schema = pa.schema([schema.field(column) for column in choose_carried(carry, schema.names)])
+
+    @property
+    def progress(self) -> float:
+        return self._rows_read / self._num_rows if self._num_rows else 0.0
+
+    def num_rows(self) -> int | None:
+        return self._num_rows
+
+    def batches(self) -> Iterator[RawBatch]:
+        self._rows_read = 0
+        for table in self._dataset.iter(batch_size=BATCH_ROWS):
+            for batch in table.to_batches():
+                yield raw_batch(batch, self._name, self._rows_read + 1, self._needed, self.carried_schema)
+                self._rows_read += batch.num_rows
+
+
+def is_saved_dataset(path: str) -> bool:
+    """Whether `path` is a folder that `save_to_disk` wrote; InputError where it holds several splits."""
+    if os.path.isfile(f"{path}/dataset_dict.json"):
+        splits = sorted(state.parent.name for state in Path(path).glob("*/state.json"))
+        raise InputError(f"input.path: {path} holds several splits; name one of them: {path}/{'|'.join(splits)}")
+    return os.path.isfile(f"{path}/state.json") and os.path.isfile(f"{path}/dataset_info.json")
+
+
+def open_saved(path: str, spec: InputSpec, carry: Carry, needed: frozenset[str]) -> DatasetReader:
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(path)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise InputError(f"input.path: {path} cannot be read as a saved dataset: {error}") from error
+    digest = xxhash.xxh3_128()
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+    digest.update((Path(path) / "state.json").read_bytes())  # holds the dataset's own hash of its content
+    name = Path(path).name
+    return DatasetReader(dataset, name, digest.hexdigest(), dataset.num_rows, spec, carry, needed)
+
+
+def open_hub(address: str, spec: InputSpec, carry: Carry, needed: frozenset[str]) -> DatasetReader:
+    """InputError where the address names no dataset, or the hub cannot be reached."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    parts = address.removeprefix(HUB_SCHEME).split("/")
+    if not 2 <= len(parts) <= 4 or not all(parts):
+        raise InputError(f"input.path: {address} is not of the form hf://organisation/name/config/split")
+    *path, split = parts
+    name, config = "/".join(path[:2]), path[2] if len(path) == 3 else None
+    try:
+        revision = HfApi(token=os.environ.get("HF_TOKEN")).dataset_info(name).sha
+        dataset = load_dataset(name, config, split=split, revision=revision, streaming=True)
+        if dataset.features is None:
+            dataset = dataset._resolve_features()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"input.path: {address} cannot be opened: {reason}") from error
+    fingerprint = xxhash.xxh3_128_hexdigest(f"{name}\0{config}\0{split}\0{revision}".encode())
+    known = (dataset.info.splits or {}).get(split)
+    num_rows = known.num_examples if known is not None else None
+    return DatasetReader(dataset, address, fingerprint, num_rows, spec, carry, needed)

@@ -1,0 +1,101 @@
+"""All model copies as one thing: requests go in, finished requests come out."""
+
+from __future__ import annotations
+
+import select
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from batchpipe.cost.model import CostModel
+from batchpipe.pipeline.base import Pipeline
+from batchpipe.predict.base import LengthPredictor
+from batchpipe.report.meter import Meter
+from batchpipe.runner.length_updates import LengthUpdates
+from batchpipe.runner.replica import Replica
+from batchpipe.scheduler.sequence import StopMatcher
+from batchpipe.types import FinishedRequest, Request, SamplingParams
+
+# Requests that wait, read and tokenised, for each sequence that may run: enough that the engine never starves.
+WAITING_PER_RUNNING = 2
+# Beyond this a silent replica is asked for its result, and says itself which stage does not answer.
+SILENCE_SECONDS = 60.0
+
+
+class Engine:
+    """Replicas fed from one line of requests: each takes as many as it can run, and as many again to choose from."""
+
+    def __init__(
+        self,
+        pipelines: Sequence[Pipeline],
+        schedule: str,
+        eos_token_ids: frozenset[int],
+        matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        predictor: LengthPredictor | None = None,
+        cost: CostModel | None = None,
+    ) -> None:
+        assert pipelines
+        self.meter = Meter(pipelines[0].capacity.num_stages, len(pipelines))
+        self.replicas = [
+            Replica(index, pipeline, self.meter, schedule, eos_token_ids, matcher_of, cost)
+            for index, pipeline in enumerate(pipelines)
+        ]
+        self._forecaster = (
+            None if predictor is None else LengthUpdates(predictor, [r.scheduler.state for r in self.replicas])
+        )
+        self._line: deque[Request] = deque()
+        self._window = WAITING_PER_RUNNING * sum(replica.max_running for replica in self.replicas)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._line and all(replica.scheduler.idle for replica in self.replicas)
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """One name a stage, the first replica's stages first."""
+        return tuple(name for replica in self.replicas for name in replica.device_names)
+
+    @property
+    def rows_under_way(self) -> float:
+        """What is done of the rows that run, in rows, by what is expected of their rest; 0 where nothing is."""
+        return 0.0 if self._forecaster is None else self._forecaster.rows_under_way()
+
+    @property
+    def room(self) -> int:
+        """How many more requests should wait in line."""
+        num_waiting = len(self._line) + sum(replica.scheduler.num_waiting for replica in self.replicas)
+        return max(0, self._window - num_waiting)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        self._line.extend(requests if self._forecaster is None else self._forecaster.classified(list(requests)))
+
+    def advance(self) -> list[FinishedRequest]:
+        """Submits what fits, waits until a step in flight is done, and gives the requests that ended with it."""
+        self._feed()
+        for replica in self.replicas:
+            replica.submit()
+        finished = [end for replica in self._wait() for end in replica.collect()]
+        if self._forecaster is not None:
+            self._forecaster.learn(finished)
+        return finished
+
+    def _feed(self) -> None:
+        """Every request goes to the replica with the least to do; the line's rest waits for whoever is done first."""
+        while self._line:
+            takers = [replica for replica in self.replicas if replica.scheduler.num_waiting < replica.max_running]
+            if not takers:
+                return
+            min(takers, key=lambda replica: replica.num_open / replica.max_running).add([self._line.popleft()])
+
+    def _wait(self) -> list[Replica]:
+        """The replicas to collect from, once there is one; those that only have failures to give are among them."""
+        idle = [replica for replica in self.replicas if not replica.busy]
+        busy = [replica for replica in self.replicas if replica.busy]
+        if len(busy) <= 1:
+            return idle + busy
+        ready = [replica for replica in busy if replica.ready()]
+        if not ready:
+            sockets = [socket for replica in busy for socket in replica.sockets]
+            readable, _, _ = select.select(sockets, [], [], SILENCE_SECONDS)
+            ready = [replica for replica in busy if replica.ready()] if readable else busy[:1]
+        return idle + ready

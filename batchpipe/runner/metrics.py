@@ -1,0 +1,62 @@
+"""What a run reports of itself: when it began, how far it is, and its row in the metrics."""
+
+from __future__ import annotations
+
+import platform
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import version
+from time import perf_counter
+
+import batchpipe
+from batchpipe.report.metrics import RunMetrics
+from batchpipe.runner.engine import Engine
+from batchpipe.runner.prepare import Prepared
+from batchpipe.write.row_set import RowCounts
+
+_REPORTED_VERSIONS = ("torch", "transformers", "pyarrow")
+
+
+class Account:
+    """Made when the run begins; `loaded` when the engine is ready for its first step."""
+
+    def __init__(self) -> None:
+        self._started_at = datetime.now(UTC)
+        self._started_seconds = perf_counter()
+        self._loaded_seconds = self._started_seconds
+
+    def loaded(self) -> None:
+        self._loaded_seconds = perf_counter()
+
+    def metrics(self, prepared: Prepared, engine: Engine, counts: RowCounts) -> RunMetrics:
+        now_seconds = perf_counter()
+        generate_seconds = now_seconds - self._loaded_seconds
+        schedulers = [replica.scheduler for replica in engine.replicas]
+        versions = {"batchpipe": batchpipe.__version__, "python": platform.python_version()}
+        return RunMetrics(
+            run_id=uuid.uuid4().hex,
+            job_name=prepared.job.name,
+            identity_sha256=prepared.identity.sha256,
+            model=prepared.model.name,
+            revision=prepared.model.revision,
+            versions=versions | {name: version(name) for name in _REPORTED_VERSIONS},
+            device_names=engine.device_names,
+            started_at=self._started_at,
+            ended_at=datetime.now(UTC),
+            load_seconds=self._loaded_seconds - self._started_seconds,
+            generate_seconds=generate_seconds,
+            wall_seconds=now_seconds - self._started_seconds,
+            rows_total=counts.total,
+            rows_succeeded=counts.succeeded,
+            rows_failed=counts.failed,
+            rows_canceled=counts.canceled,
+            **engine.meter.measured(generate_seconds),
+            phase_switches=sum(scheduler.num_phase_switches for scheduler in schedulers),
+            preemptions=sum(scheduler.num_preemptions for scheduler in schedulers),
+            recomputed_tokens=sum(scheduler.num_recomputed_tokens for scheduler in schedulers),
+            reused_tokens=sum(scheduler.num_reused_tokens for scheduler in schedulers),
+            peak_device_blocks=sum(scheduler.peak_device_blocks for scheduler in schedulers),
+            peak_host_blocks=sum(scheduler.peak_host_blocks for scheduler in schedulers),
+            kv_faults=sum(scheduler.num_corrupt for scheduler in schedulers),
+            planner_seconds=sum(replica.planner_seconds for replica in engine.replicas),
+        )

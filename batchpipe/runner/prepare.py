@@ -1,0 +1,126 @@
+"""From a checked job to what a run stands on: input, model files, tokenizer, prompts, output folder. No weights."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import yaml
+
+from batchpipe.job import Job
+from batchpipe.job.identity import Identity, identity
+from batchpipe.model.describe import ModelInfo, describe_model
+from batchpipe.model.resolve import ResolvedModel, resolve_model
+from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
+from batchpipe.placement.open import resolve_device
+from batchpipe.predict.base import LengthPredictor
+from batchpipe.predict.open import open_predictor
+from batchpipe.read.render import Renderer, needed_columns
+from batchpipe.read.source import Source, open_source
+from batchpipe.read.tokenize import requests
+from batchpipe.sample.stop import StopStrings
+from batchpipe.types import FailedRow, Request, SamplingParams
+from batchpipe.write.folder import OutputFolder
+from batchpipe.write.schema import completions_schema
+
+AUTO_SCHEDULE = "temporal"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose input can be read and whose model can be described."""
+
+    job: Job
+    source: Source
+    schema: pa.Schema  # of the completions
+    model: ResolvedModel
+    info: ModelInfo
+    tokenizer: Tokenizer
+    renderer: Renderer
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset(self.info.eos_token_ids)
+
+    @property
+    def schedule(self) -> str:
+        schedule = self.job.plan.schedule
+        return AUTO_SCHEDULE if schedule == "auto" else schedule
+
+    @property
+    def predictor_is_trained(self) -> bool:
+        return self.job.predict.method not in ("auto", "none", "quantile")
+
+    def open_predictor(self) -> LengthPredictor | None:
+        """A new one each time: it learns from the run that it is opened for. Raises JobError."""
+        # A row's own settings may ask for more than the job's.
+        of_rows = self.job.sampling.column is not None
+        max_tokens = self.info.max_context_tokens if of_rows else self.job.sampling.max_tokens
+        return open_predictor(self.job.predict.method, self.tokenizer, min(max_tokens, self.info.max_context_tokens))
+
+    @cached_property
+    def identity(self) -> Identity:
+        return identity(
+            self.job,
+            model_revision=self.model.revision,
+            dtype=self.info.dtype,
+            input_fingerprint=self.source.fingerprint,
+        )
+
+    def requests(self, skip: Container[int] = frozenset()) -> Iterator[Request | FailedRow]:
+        """Every row that is not skipped, ready to run or failed, in input order."""
+        return requests(
+            self.source.rows(skip),
+            self.renderer,
+            self.job.sampling,
+            max_context_tokens=self.info.max_context_tokens,
+            vocabulary_size=self.info.vocabulary_size,
+        )
+
+    def matcher_of(self, params: SamplingParams) -> StopStrings | None:
+        return StopStrings(self.tokenizer.decode, params.stop, params.min_tokens) if params.stop else None
+
+    def open_output(self, fresh: bool) -> OutputFolder:
+        return OutputFolder.open(
+            Path(self.job.output.path),
+            identity=self.identity,
+            job_yaml=yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+            schema=self.schema,
+            provenance={"model": self.model.name, "revision": self.model.revision},
+            fresh=fresh,
+        )
+
+    def num_sequences(self) -> int | None:
+        """All samples of all rows, where both are known beforehand."""
+        num_rows, sampling = self.source.num_rows(), self.job.sampling
+        return None if num_rows is None or sampling.column is not None else num_rows * sampling.n
+
+    def estimated_rows(self) -> float:
+        """Rows of the whole input: counted where that is cheap, else from how much of it was read."""
+        num_rows = self.source.num_rows()
+        if num_rows is not None:
+            return num_rows
+        return self.source.rows_seen / max(self.source.progress, 1e-9)
+
+
+def prepare(job: Job) -> Prepared:
+    """Opens input and model files, the input first: what cannot be read is told before anything is fetched.
+
+    Raises InputError, JobError or ModelError.
+    """
+    source = open_source(
+        job.input,
+        carry=job.output.columns,
+        needed=needed_columns(job.input, job.sampling.column),
+        exclude=Path(job.output.path),
+    )
+    with_logprobs = job.sampling.logprobs > 0 or job.sampling.column is not None
+    schema = completions_schema(source.carried_schema, with_logprobs)
+    model = resolve_model(job.model)
+    trusted = job.model.trust_remote_code
+    info = describe_model(model.folder, job.model.dtype, device=resolve_device(job.engine), trust_remote_code=trusted)
+    tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
+    return Prepared(job, source, schema, model, info, tokenizer, Renderer(job.input, tokenizer))

@@ -1,0 +1,125 @@
+"""One model copy at work: a pipeline, and the scheduler that keeps it full. Survives the loss of a worker once."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from socket import socket
+from time import perf_counter
+
+from batchpipe.cost.model import CostModel, StepWork
+from batchpipe.cost.online import OnlineCost
+from batchpipe.errors import WorkerError
+from batchpipe.pipeline.base import Pipeline
+from batchpipe.report.meter import Meter
+from batchpipe.sample.rng import stream_of
+from batchpipe.scheduler.scheduler import Scheduler
+from batchpipe.scheduler.sequence import StopMatcher
+from batchpipe.types import FinishedRequest, Request, SamplingParams, Step
+
+logger = logging.getLogger(__name__)
+
+
+class Replica:
+    """`submit` what fits, wait until `ready`, `collect`; what ended comes out of `collect`."""
+
+    def __init__(
+        self,
+        index: int,
+        pipeline: Pipeline,
+        meter: Meter,
+        schedule: str,
+        eos_token_ids: frozenset[int],
+        matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        cost: CostModel | None = None,
+    ) -> None:
+        capacity = pipeline.capacity
+        self.scheduler = Scheduler(capacity, schedule, eos_token_ids, stream_of, matcher_of, cost)
+        self.planner_seconds = 0.0
+        self.max_running = capacity.max_batches * capacity.max_batch_sequences
+        self._index = index
+        self._pipeline = pipeline
+        self._meter = meter
+        self._online_cost = cost if isinstance(cost, OnlineCost) else None
+        self._works: deque[StepWork] = deque()  # of the steps in flight, where a cost model learns from them
+        self._num_new_prompt_tokens = 0
+        self._restarted = False
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        return self._pipeline.device_names
+
+    @property
+    def sockets(self) -> Sequence[socket]:
+        return self._pipeline.sockets
+
+    @property
+    def num_open(self) -> int:
+        """Sequences on their way, waiting ones included."""
+        return self.scheduler.num_waiting + self.scheduler.num_running
+
+    @property
+    def busy(self) -> bool:
+        """A step is in flight."""
+        return self.scheduler.num_in_flight > 0
+
+    def add(self, requests: Sequence[Request]) -> None:
+        self.scheduler.add(requests)
+
+    def submit(self) -> None:
+        """Hands steps to the pipeline until it holds as many as it takes, or there are none."""
+        while self.scheduler.has_room and (step := self._plan()):
+            try:
+                self._pipeline.submit(step)
+            except WorkerError as error:
+                self._restart(error)
+                continue
+            if self._online_cost is not None:
+                self._works.append(StepWork.of_step(step))
+            first_time = (start for start in step.started if not start.generated_token_ids)
+            self._num_new_prompt_tokens += sum(len(start.prompt_token_ids) for start in first_time)
+
+    def ready(self) -> bool:
+        """Whether `collect` would not wait. After a lost worker it does not: nothing is in flight any more."""
+        try:
+            return self._pipeline.ready()
+        except WorkerError as error:
+            self._restart(error)
+            return True
+
+    def collect(self) -> list[FinishedRequest]:
+        """Waits for the oldest step in flight, if there is one, and gives the requests that ended."""
+        if self.busy:
+            self._collect()
+        return self.scheduler.take_finished()
+
+    def _plan(self) -> Step | None:
+        started = perf_counter()
+        step = self.scheduler.next_step()
+        self.planner_seconds += perf_counter() - started
+        return step
+
+    def _collect(self) -> None:
+        try:
+            result = self._pipeline.collect()
+        except WorkerError as error:
+            self._restart(error)
+            return
+        started = perf_counter()
+        self.scheduler.record(result)
+        if self._online_cost is not None:
+            self._online_cost.observe(self._works.popleft(), result.stage_seconds, result.link_uses)
+        self.planner_seconds += perf_counter() - started
+        self._meter.add_step(result, self._num_new_prompt_tokens, len(result.token_ids), self._index)
+        self._num_new_prompt_tokens = 0
+
+    def _restart(self, error: WorkerError) -> None:
+        """The controller holds every token, so only KV is lost; a second loss is not an accident any more."""
+        if self._restarted:
+            raise error
+        self._restarted = True
+        logger.warning("%s; starting the pipeline again, rows in flight are computed anew", error)
+        self._works.clear()
+        self._pipeline.restart()
+        self.scheduler.requeue_all()

@@ -1,0 +1,123 @@
+"""A job from rows to committed completions: read, render, tokenise, plan, run, detokenise, write."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from batchpipe.cost.model import CostModel
+from batchpipe.errors import InterruptedRunError, TooManyFailedError
+from batchpipe.job import Job, load_job
+from batchpipe.job.spec import EngineSpec
+from batchpipe.model.describe import ModelInfo
+from batchpipe.pipeline.base import Pipeline
+from batchpipe.placement.machine import choose_kv, run_cost, this_place
+from batchpipe.placement.open import open_pipelines as load_pipelines
+from batchpipe.read.ahead import Ahead
+from batchpipe.report.metrics import append_metrics, read_metrics
+from batchpipe.report.progress import Progress, Reading
+from batchpipe.runner.engine import Engine
+from batchpipe.runner.gc_tuning import calm_collector
+from batchpipe.runner.interrupt import Interrupt
+from batchpipe.runner.metrics import Account
+from batchpipe.runner.prepare import Prepared, prepare
+from batchpipe.runner.result import Result
+from batchpipe.sample.detokenize import detokenize, failed_outcome
+from batchpipe.types import FailedRow, Request
+from batchpipe.write.row_set import RowCounts
+from batchpipe.write.writer import CompletionWriter
+
+logger = logging.getLogger(__name__)
+
+OpenPipelines = Callable[[EngineSpec, ModelInfo], Sequence[Pipeline]]
+
+# Rows read and tokenised before the engine asks for them; a few tens of megabytes with long prompts.
+AHEAD_ROWS = 4096
+_SOME_ROWS_FAILED = 3
+
+
+def run_job(
+    job: str | Path | Mapping[str, Any] | Job,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    open_pipelines: OpenPipelines | None = None,
+) -> Result:
+    """See `batchpipe.run`; `open_pipelines` is how tests and simulations bring their own engine."""
+    account = Account()
+    prepared = prepare(load_job(job, overrides))
+    with prepared.open_output(fresh) as folder:
+        if folder.finished:
+            return Result(folder.path, read_metrics(folder.path)[-1], exit_code=0)
+        with ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt())
+            ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
+            predictor = prepared.open_predictor()
+            cost = run_cost(prepared.job.engine, prepared.info, prepared.model.name)
+            if open_pipelines is None:
+                pipelines = _open_here(prepared, cost)
+            else:
+                pipelines = open_pipelines(prepared.job.engine, prepared.info)
+            for pipeline in pipelines:
+                stack.enter_context(pipeline)
+            stack.enter_context(calm_collector())
+            account.loaded()
+            writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
+            engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
+            reading = partial(_reading, prepared, engine, writer)
+            progress = stack.enter_context(Progress(prepared.source.num_rows(), reading))
+            stop: str | None = None
+            while stop is None and not (engine.idle and ahead.exhausted):
+                items = ahead.take(engine.room, block=engine.idle)
+                engine.add(item for item in items if isinstance(item, Request))
+                outcomes = [failed_outcome(item) for item in items if isinstance(item, FailedRow)]
+                outcomes += detokenize(engine.advance(), prepared.tokenizer.decode_batch, prepared.eos_token_ids)
+                engine.meter.add_outcomes(outcomes)
+                writer.write(outcomes)
+                progress.tick()
+                stop = interrupt.requested or _too_many_failed(prepared, writer.counts)
+            metrics = account.metrics(prepared, engine, writer.counts)
+            append_metrics(folder.path, metrics)
+            if stop is None:
+                writer.finish(prepared.source.rows_seen)
+    result = Result(folder.path, asdict(metrics), exit_code=_SOME_ROWS_FAILED if metrics.rows_failed else 0)
+    if interrupt.requested is not None and stop is not None:
+        message = f"stopped by {stop} with {metrics.rows_total} rows done; the same command continues"
+        raise InterruptedRunError(message, result.summary)
+    if stop is not None:
+        raise TooManyFailedError(stop, result.summary)
+    return result
+
+
+def _open_here(prepared: Prepared, cost: CostModel | None) -> Sequence[Pipeline]:
+    """On this machine; whether KV uses host memory is decided before anything is loaded."""
+    engine, info = prepared.job.engine, prepared.info
+    if engine.kv_host_memory == 0:
+        return load_pipelines(engine, info)
+    choice = choose_kv(engine, info, this_place(engine, info), cost, prepared.num_sequences())
+    if choice.mode == "none":
+        logger.warning("KV stays on the device, engine.kv_host_memory is not used: %s", choice.reason)
+    return load_pipelines(engine, info, choice.mode)
+
+
+def _reading(prepared: Prepared, engine: Engine, writer: CompletionWriter) -> Reading:
+    """For the progress line. A row that runs is done in part."""
+    counts = writer.counts
+    fraction = (counts.total + engine.rows_under_way) / max(prepared.estimated_rows(), 1.0)
+    tokens = engine.meter.prompt_tokens, engine.meter.output_tokens
+    return Reading(counts.total, counts.failed, *tokens, min(fraction, 1.0))
+
+
+def _too_many_failed(prepared: Prepared, counts: RowCounts) -> str | None:
+    allowed = prepared.job.output.max_failed_fraction
+    if allowed == 1 or counts.failed <= allowed * prepared.estimated_rows():
+        return None
+    return (
+        f"{counts.failed} of about {prepared.estimated_rows():.0f} rows failed, more than "
+        f"output.max_failed_fraction = {allowed} allows; the column error_message says why"
+    )

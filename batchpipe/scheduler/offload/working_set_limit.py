@@ -1,0 +1,64 @@
+"""How much KV may be in use where the device holds a part of it: what the link carries, and no more than pays.
+
+The capacity law says what can be kept in motion. Pie lets its share grow while swaps stay hidden and throughput rises
+(arXiv 2411.09317). A single batch never hides all of them: its first layer waits. Where steps take longer as they hold
+more sequences, that is more than moving KV brings.
+"""
+
+from __future__ import annotations
+
+from batchpipe.scheduler.offload.prefetch_budget import PrefetchBudget
+from batchpipe.scheduler.offload.selection import batch_capacity_blocks
+from batchpipe.scheduler.state import SchedulerState
+from batchpipe.scheduler.step_time import StepTime
+
+# Predictions err, and moving costs more than they know: a larger batch has to bring this much.
+LEAST_GAIN = 0.02
+# An answer stands for so many steps.
+RECONSIDER_STEPS = 32
+
+
+class WorkingSetLimit:
+    """`blocks` before every step. num_buffers: as `batch_capacity_blocks` has it."""
+
+    def __init__(self, state: SchedulerState, budget: PrefetchBudget, forecast: StepTime, num_buffers: float) -> None:
+        self._state = state
+        self._budget = budget
+        self._forecast = forecast
+        self._num_buffers = num_buffers
+        self._pays = True
+        self._num_steps_left = 0
+
+    def blocks(self) -> int:
+        """At least what the device holds."""
+        capacity = self._state.capacity
+        num_device = capacity.num_blocks
+        num_loaded = self._budget.blocks(self._forecast.decode_seconds)
+        each = batch_capacity_blocks(num_device, num_loaded, capacity.max_batches, self._num_buffers)
+        by_law = max(num_device, min(int(capacity.max_batches * each), self._state.ledger.num_blocks))
+        if self._num_steps_left > 0:
+            self._num_steps_left -= 1
+        elif self._state.running:
+            self._pays = self._is_faster(by_law, num_loaded)
+            self._num_steps_left = RECONSIDER_STEPS
+        return by_law if self._pays else num_device
+
+    def _is_faster(self, num_blocks: int, num_loaded: int) -> bool:
+        """Whether batches of so many blocks together, of which a step loads some, draw more tokens per second than the
+        device's own would. Where all is hidden nothing is lost, and where nothing is known of time it is believed.
+        """
+        if self._budget.exposed_seconds(num_loaded) == 0:
+            return True
+        alone = self._decodes_per_second(self._state.capacity.num_blocks, 0)
+        moving = self._decodes_per_second(num_blocks, num_loaded)
+        return alone is None or moving is None or moving >= (1 + LEAST_GAIN) * alone
+
+    def _decodes_per_second(self, num_blocks: int, num_loaded: int) -> float | None:
+        """With sequences like those that run, as many as find room."""
+        state = self._state
+        num_running = len(state.running) * num_blocks / max(1, state.ledger.num_used)
+        num_decodes = max(1, round(min(num_running, state.max_running) / state.capacity.max_batches))
+        seconds = self._forecast.seconds_of(num_decodes, 0)
+        if not seconds:
+            return None
+        return num_decodes / (seconds + self._budget.exposed_seconds(num_loaded))

@@ -1,0 +1,156 @@
+"""The temporal schedule: greedy prefill up to forecast memory, then decoding in batches of equal time.
+
+TD-Pipe (arXiv 2506.10470) parts the phases in time, since prefills between decodes leave stages waiting. What is ours:
+
+- admission asks a distribution of lengths for the risk of running out of blocks, not a point estimate for a peak;
+- a decode batch stops at the edge of a tile where one more sequence would cost more than it brings;
+- batches are drawn to take equal time, by number and context (`balance`);
+- where a step has room up to a tile's edge, or needs it to keep the pool full, pieces of prompts ride along: as many
+  tokens a step as keep prompts and completions in step, so every step takes the same time and no phase has to change.
+  A phase of prefills alone comes only at the start and after much memory fell free.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from math import ceil
+
+import numpy as np
+
+from batchpipe.cost.model import CostModel, StepWork
+from batchpipe.predict.base import Survival
+from batchpipe.scheduler.policies.base import StepShape
+from batchpipe.scheduler.policies.batch_balance import balanced_selection
+from batchpipe.scheduler.policies.kv_forecast import KvForecast
+from batchpipe.scheduler.sequence import SequenceState
+from batchpipe.scheduler.state import SchedulerState
+
+# A phase of prefills alone begins where the forecast peak is below this part of the pool.
+REFILL_BELOW = 0.6
+# Sequences held back as a reserve to balance batches with, where several batches circulate.
+BALANCE_SHARE = 0.03
+# Prompts ride along a little faster than completions end, so that the pool stays full.
+RIDE_SURPLUS = 1.25
+# A longer step is worth it while it takes no more than this part longer.
+FLAT = 0.02
+# A forecast serves while every sequence draws so many tokens.
+REFRESH_TOKENS = 4
+_TILES = (128, 64, 32, 16)
+_LOOK_AHEAD_REQUESTS = 64
+_ENDLESS_TOKENS = 1 << 17
+
+
+class Temporal:
+    def __init__(self) -> None:
+        self._filling = True
+        self._age_steps = 0
+        self._forecast: KvForecast | None = None
+        self._counted: set[int] = set()
+        self._refused: tuple[int, KvForecast] | None = None  # asked again only of a new forecast
+        self._prompt_per_output = 0.0
+        self._next_look_steps = 0
+
+    def choose(self, state: SchedulerState) -> StepShape:
+        self._age_steps += 1
+        possible = bool(state.prefilling) or (bool(state.waiting) and self.admits(state, state.waiting.first))
+        if state.capacity.max_batches == 1:
+            num_decodes = state.decode_share
+            return StepShape(num_decodes, state.capacity.max_step_tokens - num_decodes if possible else 0)
+        self._filling = possible and (self._filling or self._much_is_free(state))
+        if self._filling:
+            return StepShape(0, state.capacity.max_step_tokens)
+        num_decodes = self._num_decodes(state)
+        return StepShape(num_decodes, self._ride_along_tokens(state, num_decodes) if possible else 0)
+
+    def admits(self, state: SchedulerState, sequence: SequenceState) -> bool:
+        if not state.has_blocks(sequence):
+            return False
+        forecast = self._current_forecast(state)
+        if self._refused == (sequence.sequence_id, forecast):
+            return False
+        expected_blocks, risked_blocks = forecast.peak_blocks_with(sequence)
+        # Beyond what can be kept in motion somebody waits for the link; beyond the last tier somebody loses all KV.
+        fits = expected_blocks <= state.limit_blocks and risked_blocks <= state.ledger.num_blocks
+        if not fits:
+            self._refused = (sequence.sequence_id, forecast)
+        return fits
+
+    def draw(self, state: SchedulerState, num_decodes: int) -> list[SequenceState]:
+        if state.capacity.max_batches == 1 or len(state.ready) <= num_decodes:
+            return list(islice(state.ready, num_decodes))
+        return balanced_selection(
+            list(state.ready), num_decodes, state.context_tokens * num_decodes / len(state.running)
+        )
+
+    def _current_forecast(self, state: SchedulerState) -> KvForecast:
+        if self._forecast is None or self._age_steps >= REFRESH_TOKENS * state.capacity.max_batches:
+            running = state.running.values()
+            survival = state.survival or never_ending()
+            self._forecast = KvForecast(survival, state.capacity.block_tokens, running)
+            self._counted = set(state.running)
+            self._age_steps = 0
+            return self._forecast
+        for sequence in reversed(state.running.values()):
+            if sequence.sequence_id in self._counted:
+                break
+            self._forecast.add(sequence)
+            self._counted.add(sequence.sequence_id)
+        return self._forecast
+
+    def _much_is_free(self, state: SchedulerState) -> bool:
+        return self._current_forecast(state).peak_blocks() < REFILL_BELOW * state.limit_blocks
+
+    def _num_decodes(self, state: SchedulerState) -> int:
+        """A batch's share of what runs, less the reserve, or fewer where a tile's edge makes them cheaper each."""
+        num_shared = len(state.running) - int(BALANCE_SHARE * len(state.running))
+        num_decodes = min(ceil(num_shared / state.capacity.max_batches), state.capacity.max_batch_sequences)
+        num_decodes = min(num_decodes, len(state.ready))
+        cost = state.cost
+        if cost is None or num_decodes == 0:
+            return num_decodes
+        each_tokens = state.context_tokens / len(state.running)
+        sizes = {num_decodes, *(num_decodes // tile * tile for tile in _TILES if num_decodes >= 4 * tile)}
+
+        def rate(size: int) -> float:
+            return size / bottleneck_seconds(cost, StepWork.decode(size, int(size * each_tokens)))
+
+        return max(sorted(sizes, reverse=True), key=rate)
+
+    def _ride_along_tokens(self, state: SchedulerState, num_decodes: int) -> int:
+        room = state.capacity.max_step_tokens - num_decodes
+        if num_decodes == 0:
+            return room
+        wanted = min(room, ceil(RIDE_SURPLUS * self._demand(state) * num_decodes))
+        if state.cost is None:
+            return wanted
+        limit = (1 + FLAT) * bottleneck_seconds(state.cost, _mixed(num_decodes, wanted))
+        for tile in _TILES:
+            up_to_edge = ceil((num_decodes + wanted) / tile) * tile - num_decodes
+            if up_to_edge <= room and bottleneck_seconds(state.cost, _mixed(num_decodes, up_to_edge)) <= limit:
+                return up_to_edge
+        return wanted
+
+    def _demand(self, state: SchedulerState) -> float:
+        """Prompt tokens to compute for every completion token, of the requests that come next."""
+        if self._next_look_steps <= 0 and state.waiting:
+            requests = [sequence.group.request for sequence in islice(state.waiting, _LOOK_AHEAD_REQUESTS)]
+            classes = np.array([request.length_class for request in requests], np.int32)
+            limits = np.array([request.sampling.max_tokens for request in requests], np.int32)
+            expected = (state.survival or never_ending()).expected_tokens(classes, limits).sum()
+            self._prompt_per_output = sum(len(request.prompt_token_ids) for request in requests) / max(1.0, expected)
+            self._next_look_steps = _LOOK_AHEAD_REQUESTS
+        self._next_look_steps -= 1
+        return self._prompt_per_output
+
+
+def never_ending() -> Survival:
+    """Where nothing is predicted every row is taken to use all its max_tokens."""
+    return Survival(np.array([0, _ENDLESS_TOKENS], np.int32), np.ones((1, 2)))
+
+
+def bottleneck_seconds(cost: CostModel, work: StepWork) -> float:
+    return max(cost.stage_seconds(stage, work) for stage in range(cost.num_stages))
+
+
+def _mixed(num_decodes: int, num_prefill_tokens: int) -> StepWork:
+    return StepWork(num_decodes + num_prefill_tokens, num_decodes, num_decodes, 0, 0)

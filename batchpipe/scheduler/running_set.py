@@ -1,0 +1,160 @@
+"""Who holds KV: admission with blocks and a block table, growth, and giving everything back."""
+
+from __future__ import annotations
+
+import logging
+
+from batchpipe.scheduler.offload.swap_scheduler import SwapScheduler
+from batchpipe.scheduler.prefix_copy import PrefixCopies
+from batchpipe.scheduler.sequence import SequenceState
+from batchpipe.scheduler.state import SchedulerState
+from batchpipe.scheduler.step_builder import BlockTables, Chunk, build_step
+from batchpipe.types import Step
+
+logger = logging.getLogger(__name__)
+
+
+class RunningSet:
+    """Keeps `SchedulerState.running`, the ledger and the block tables in step, and what the next Step must say of them.
+
+    pager: where there are two tiers. The ledger and `tables` are then those of the host.
+    """
+
+    def __init__(self, state: SchedulerState, pager: SwapScheduler | None) -> None:
+        self.state = state
+        self.tables = BlockTables(state.max_running)
+        self.beginnings = PrefixCopies()
+        self.started: list[SequenceState] = []
+        self.released: list[int] = []
+        self.copied_blocks: list[tuple[int, int]] = []
+        self.num_reused_tokens = 0
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+        self.num_corrupt = 0
+        self._pager = pager
+        self.next_admission = 0
+
+    def admit(self) -> bool:
+        """Moves the first waiting sequence to prefilling, with blocks for all its tokens, of which there is room.
+
+        False, with nothing changed, where the device cannot make room for it now.
+        """
+        state, ledger = self.state, self.state.ledger
+        sequence = state.waiting.first
+        shared = ledger.share(sequence.sequence_id, sequence.prompt, sequence.num_tokens)
+        fresh = ledger.grow(sequence.sequence_id, sequence.num_tokens)
+        assert fresh is not None, "admitted without room"
+        blocks = [*shared, *fresh]
+        if self._pager is not None and not self._pager.admit(sequence, shared, fresh):
+            ledger.release(sequence.sequence_id)
+            return False
+        state.waiting.pop()
+        sequence.room_tokens = len(blocks) * ledger.block_tokens
+        sequence.num_shared_tokens = sequence.num_scheduled = len(shared) * ledger.block_tokens
+        sequence.slot = self.tables.take_slot()
+        self.tables.append(sequence.slot, 0, blocks)
+        sequence.admission = self.next_admission
+        self.next_admission += 1
+        state.running[sequence.sequence_id] = sequence
+        state.context_tokens += sequence.num_tokens
+        self.started.append(sequence)
+        state.prefilling.append(sequence)
+        self._copy_beginning(sequence, blocks)
+        sequence.num_reused_tokens = sequence.num_scheduled
+        self.num_reused_tokens += sequence.num_reused_tokens
+        return True
+
+    def grow(self, sequence: SequenceState) -> bool:
+        """Gives the sequence a block for its next token; False, with nothing changed, where none is free."""
+        ledger = self.state.ledger
+        num_owned = ledger.num_owned(sequence.sequence_id)
+        blocks = ledger.grow(sequence.sequence_id, sequence.num_tokens)
+        if blocks is None:
+            return False
+        if self._pager is not None:
+            self._pager.extend(sequence, blocks)
+        self.tables.append(sequence.slot, num_owned, blocks)
+        sequence.room_tokens += len(blocks) * ledger.block_tokens
+        return True
+
+    def leave(self, sequence: SequenceState) -> None:
+        """Takes blocks, slot and sampler state from a sequence that is not in flight."""
+        assert sequence.num_in_flight == 0
+        state = self.state
+        del state.running[sequence.sequence_id]
+        state.context_tokens -= sequence.num_tokens
+        if self._pager is not None:
+            self._pager.residency.leave(sequence.sequence_id)
+        state.ledger.release(sequence.sequence_id)
+        self.tables.release_slot(sequence.slot)
+        self.beginnings.forget(sequence, state.running.values())
+        for queue in (state.ready, state.prefilling):
+            if sequence in queue:
+                queue.remove(sequence)
+        if sequence in self.started:
+            self.started.remove(sequence)
+        else:
+            self.released.append(sequence.sequence_id)
+
+    def preempt(self, sequence: SequenceState) -> None:
+        """It loses its KV, keeps what it generated, and waits at the head of the line."""
+        self.num_preemptions += 1
+        self.num_recomputed_tokens += sequence.num_scheduled
+        self.leave(sequence)
+        sequence.num_scheduled = 0
+        self.state.waiting.put_back(sequence)
+
+    def find_corrupt(self, sequence: SequenceState, found: str, first_admission: int) -> None:
+        """A step computed with KV that is not what was written. Nobody shares the sequence's blocks any more, and who
+        was admitted since may have shared, or copied, what the step computed.
+        """
+        self.num_corrupt += 1
+        logger.warning("%s; row %s is computed again", found, sequence.group.request.key.row_id)
+        sequence.distrusted = True
+        for other in list(self.state.running.values()):
+            if other.admission >= first_admission and other.num_reused_tokens > 0:
+                other.distrusted = True
+        for other in [other for other in self.state.running.values() if other.distrusted]:
+            self.state.ledger.distrust(other.sequence_id)
+            self.retract(other)
+
+    def retract(self, sequence: SequenceState) -> None:
+        """A distrusted sequence is computed again, once no step has it; until then it gets no further."""
+        if sequence in self.state.prefilling:
+            self.state.prefilling.remove(sequence)
+        if sequence.num_in_flight == 0 and sequence.sequence_id in self.state.running:
+            sequence.distrusted = False
+            self.preempt(sequence)
+
+    def forget_news(self) -> None:
+        """The stages know nothing any more."""
+        self.started, self.released, self.copied_blocks = [], [], []
+
+    def build_step(self, step_id: int, chunks: list[Chunk]) -> Step:
+        """The step of these chunks, with all that has to be said since the last one."""
+        block_tokens = self.state.ledger.block_tokens
+        num_blocks = max(-(-(chunk.num_context + chunk.num_tokens) // block_tokens) for chunk in chunks)
+        tables = self.tables.gather([chunk.sequence.slot for chunk in chunks], num_blocks)
+        copied_blocks, transfers = self.copied_blocks, None
+        if self._pager is not None:
+            tables, transfers = self._pager.take_transfers(chunks, tables, copied_blocks)
+            copied_blocks = [self._pager.places_of(pair) for pair in copied_blocks]
+        step = build_step(step_id, chunks, tables, transfers, self.started, self.released, copied_blocks)
+        self.forget_news()
+        return step
+
+    def _copy_beginning(self, sequence: SequenceState, blocks: list[int]) -> None:
+        """What it has in common with another beyond whole blocks is copied, not computed."""
+        found = self.beginnings.take(sequence)
+        if found is None:
+            return
+        donor, num_alike = found
+        if donor.distrusted:
+            return
+        if self._pager is not None and not self._pager.lends(donor):
+            return
+        first = sequence.num_scheduled // self.state.ledger.block_tokens
+        last = self.state.ledger.blocks_for(num_alike)
+        sources = self.state.ledger.owned(donor.sequence_id)[first:last]
+        self.copied_blocks += zip(sources, blocks[first:last], strict=True)
+        sequence.num_scheduled = num_alike

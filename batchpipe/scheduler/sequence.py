@@ -1,0 +1,106 @@
+"""The scheduler's own record of one sample on its way; nothing outside `plan` sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from batchpipe.types import (
+    Completion,
+    ErrorCode,
+    FinishedRequest,
+    FinishReason,
+    Int32Array,
+    Request,
+    TokenLogprobs,
+)
+
+
+class StopMatcher(Protocol):
+    """Watches one sequence's text for its stop strings."""
+
+    def feed(self, token_id: int) -> int | None:
+        """The number of characters of text to keep once a stop string has appeared, else None."""
+
+
+@dataclass(slots=True)
+class RequestGroup:
+    """The samples of one request; it leaves as a whole when the last one ends."""
+
+    request: Request
+    completions: list[Completion | None]
+    num_open: int
+
+    def end(self, sample_index: int, completion: Completion) -> FinishedRequest | None:
+        """One sample has ended; the whole request, if it was the last one."""
+        self.completions[sample_index] = completion
+        self.num_open -= 1
+        if self.num_open > 0:
+            return None
+        completions = tuple(c for c in self.completions if c is not None)
+        assert len(completions) == len(self.completions)
+        return FinishedRequest(self.request, completions)
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """One sample. `num_scheduled` tokens have their KV written, or will have when the steps in flight are done."""
+
+    sequence_id: int
+    group: RequestGroup
+    sample_index: int
+    stream: int
+    matcher: StopMatcher | None
+    prompt: Int32Array
+    num_tokens: int  # of prompt and generated text together
+    max_tokens: int
+    end_token_ids: frozenset[int]  # whichever is drawn ends it
+    length_class: int
+    slot: int = -1
+    admission: int = -1
+    room_tokens: int = 0  # what its blocks hold
+    num_shared_tokens: int = 0  # whose blocks it shares with others
+    num_reused_tokens: int = 0  # whose KV it had when it was admitted
+    num_scheduled: int = 0
+    last_step: int = -1  # the last one that it is part of
+    num_in_flight: int = 0
+    distrusted: bool = False  # its KV is wrong, and steps in flight still read it
+    generated: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def token_slice(self, start: int, stop: int) -> Int32Array:
+        """Tokens [start, stop) of prompt and generated text together."""
+        num_prompt = len(self.prompt)
+        if start >= num_prompt:
+            return np.array(self.generated[start - num_prompt : stop - num_prompt], dtype=np.int32)
+        head = self.prompt[start:stop]
+        if stop <= num_prompt:
+            return head
+        return np.concatenate([head, np.array(self.generated[: stop - num_prompt], dtype=np.int32)])
+
+    def accept(self, token_id: int) -> tuple[FinishReason, int | None] | None:
+        """Takes a drawn token in. Where it ends the sequence: why, and how many characters to keep (None: all)."""
+        self.generated.append(token_id)
+        self.num_tokens += 1
+        if token_id in self.end_token_ids:
+            return FinishReason.STOP, None
+        if self.matcher is not None and (text_length := self.matcher.feed(token_id)) is not None:
+            return FinishReason.STOP, text_length
+        return (FinishReason.LENGTH, None) if len(self.generated) >= self.max_tokens else None
+
+    def completion(
+        self,
+        finish_reason: FinishReason | None,
+        text_length: int | None = None,
+        error: tuple[ErrorCode, str] | None = None,
+    ) -> Completion:
+        return Completion(
+            token_ids=tuple(self.generated),
+            finish_reason=finish_reason,
+            text_length=text_length,
+            logprobs=tuple(self.logprobs),
+            error_code=error[0] if error else None,
+            error_message=error[1] if error else None,
+        )

@@ -1,0 +1,85 @@
+"""Requests, steps and costs for the pipeline without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from batchpipe.cost.model import KvLink, StepWork
+from batchpipe.pipeline.simulated import SimulatedPipeline
+from batchpipe.sample.rng import stream_of
+from batchpipe.types import Capacity, Carried, Request, RowKey, SamplingParams, SequenceStart, Step, Transfers
+
+EOS = 5
+NOTHING = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
+SAMPLING = SamplingParams(
+    max_tokens=1000, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+    frequency_penalty=0.0, logit_bias={}, stop=(), stop_token_ids=(), ignore_eos=False, min_tokens=0, n=1, seed=0,
+    logprobs=0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """So many seconds a token on each stage; whole numbers and powers of two, so that sums are exact."""
+
+    seconds_per_token: tuple[float, ...]
+    handoff: float = 0.0
+    control_seconds: float = 0.0
+    kv_links: tuple[KvLink, ...] = ()
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.seconds_per_token)
+
+    def stage_seconds(self, stage: int, work: StepWork) -> float:
+        return self.seconds_per_token[stage] * work.num_tokens
+
+    def handoff_seconds(self, num_tokens: int) -> float:
+        return self.handoff
+
+
+def capacity(num_stages: int = 1, **changes: Any) -> Capacity:
+    values = {
+        "num_blocks": 100, "block_tokens": 4, "num_stages": num_stages, "max_batches": num_stages,
+        "max_step_tokens": 64, "max_batch_sequences": 8,
+    }  # fmt: skip
+    return Capacity(**(values | changes))
+
+
+def cases(lengths: list[tuple[int, int]], num_samples: int = 1) -> tuple[list[Request], dict[int, int]]:
+    """Requests of (prompt tokens, completion tokens), and lengths by stream; every further sample is a token longer."""
+    requests, by_stream = [], {}
+    for index, (num_prompt, length) in enumerate(lengths):
+        prompt = np.full(num_prompt, 10 + index, dtype=np.int32)
+        key = RowKey(index, str(index), Carried(NOTHING, 0))
+        requests.append(Request(key, prompt, replace(SAMPLING, n=num_samples)))
+        for sample in range(num_samples):
+            by_stream[stream_of(0, str(index), sample)] = length + sample
+    return requests, by_stream
+
+
+def step_of(
+    step_id: int, num_tokens: int, num_context: int = 0, *, starts: bool = True, transfers: Transfers | None = None
+) -> Step:
+    """A step of one sequence, whose number and stream are the step's."""
+    start = SequenceStart(step_id, step_id, SAMPLING, np.zeros(num_tokens, np.int32), ())
+    return Step(
+        step_id=step_id,
+        sequence_ids=(step_id,),
+        query_lengths=np.array([num_tokens], np.int32),
+        context_lengths=np.array([num_context], np.int32),
+        token_ids=np.zeros(num_tokens, np.int32),
+        block_tables=np.zeros((1, 1), np.int32),
+        samples=np.array([True]),
+        copied_blocks=np.zeros((0, 2), np.int32),
+        started=(start,) if starts else (),
+        transfers=transfers,
+    )
+
+
+def pipeline_of(cost: TokenCost, **changes: int) -> SimulatedPipeline:
+    return SimulatedPipeline(capacity(cost.num_stages, **changes), cost, dict.fromkeys(range(1000), 50), EOS)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+import pytest
+
+from batchpipe.pipeline.messages import Closed, StageReport, Wire, decode, encode, merge_corrupt
+from batchpipe.types import LinkUse, SequenceStart, Step, TokenLogprobs, Transfers
+from tests.scheduler.scheduler_cases import request, sampling
+
+
+def a_step() -> Step:
+    start = SequenceStart(7, 99, sampling(logit_bias={3: -1.5}, stop=("end",)), request(0, 4).prompt_token_ids, (1, 2))
+    return Step(
+        step_id=3,
+        sequence_ids=(7, 8),
+        query_lengths=np.array([4, 1], dtype=np.int32),
+        context_lengths=np.array([0, 9], dtype=np.int32),
+        token_ids=np.arange(5, dtype=np.int32),
+        block_tables=np.array([[0, 1], [2, 3]], dtype=np.int32),
+        samples=np.array([False, True]),
+        copied_blocks=np.array([[4, 0]], dtype=np.int32),
+        started=(start,),
+        released=(4,),
+        transfers=Transfers(
+            host_tables=np.array([[5, 6], [7, 8]], dtype=np.int32),
+            loads=np.array([[7, 2]], dtype=np.int32),
+            streams=np.array([8], dtype=np.int32),
+            stream_units=np.array([3], dtype=np.int32),
+            host_copies=np.zeros((0, 2), dtype=np.int32),
+        ),
+    )
+
+
+def test_a_step_survives_the_way() -> None:
+    step = a_step()
+    copy = decode(encode(step), Step)
+    for name in ("query_lengths", "context_lengths", "token_ids", "block_tables", "samples", "copied_blocks"):
+        assert getattr(copy, name).dtype == getattr(step, name).dtype
+        np.testing.assert_array_equal(getattr(copy, name), getattr(step, name))
+    assert copy.transfers is not None and step.transfers is not None
+    for name in ("host_tables", "loads", "streams", "stream_units", "host_copies"):
+        np.testing.assert_array_equal(getattr(copy.transfers, name), getattr(step.transfers, name))
+        assert getattr(copy.transfers, name).dtype == np.int32
+    assert copy.started[0].sampling == step.started[0].sampling
+    assert (copy.step_id, copy.sequence_ids, copy.released) == (3, (7, 8), (4,))
+    copy.token_ids[0] = 5  # what arrives is the receiver's own
+
+
+def test_a_report_survives_the_way() -> None:
+    logprobs = {7: TokenLogprobs(4, -0.5, (4, 2), (-0.5, -1.0))}
+    tokens = np.array([4, -1], dtype=np.int32)
+    report = StageReport(1, 0.5, tokens, logprobs, LinkUse(0.25, 1 << 40, 3, 1.5, 2.5), {7: "stage 0: wrong"})
+    copy = decode(encode(report), StageReport)
+    assert copy.logprobs == report.logprobs
+    assert (copy.link_use, copy.corrupt) == (report.link_use, report.corrupt)
+    assert copy.token_ids is not None and copy.token_ids.tolist() == [4, -1]
+
+
+def test_messages_of_any_size_arrive_whole_and_a_closed_end_is_told() -> None:
+    ends = socket.socketpair()
+    sender, receiver = Wire(ends[0]), Wire(ends[1])
+    for size in (0, 1, 70_000):
+        sender.send(StageReport(size, 0.0, np.arange(size % 5000, dtype=np.int32)))
+        assert receiver.receive(StageReport).step_id == size
+    sender.close()
+    with pytest.raises(Closed):
+        receiver.receive(StageReport)
+    with pytest.raises(Closed):
+        receiver.send(StageReport(0, 0.0))
+    receiver.close()
+
+
+def test_of_a_sequence_that_several_stages_found_wrong_the_first_is_heard() -> None:
+    assert merge_corrupt([{}, {1: "one", 2: "one"}, {2: "two", 3: "two"}]) == {1: "one", 2: "one", 3: "two"}

@@ -1,0 +1,258 @@
+"""A whole run, from a file of rows to committed completions, with a pipeline that needs no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import batchpipe
+from batchpipe.commands.validate import validate_job
+from batchpipe.errors import InterruptedRunError, ModelError, OutputError, TooManyFailedError
+from batchpipe.job.spec import EngineSpec
+from batchpipe.model.describe import ModelInfo
+from batchpipe.pipeline.base import Pipeline
+from batchpipe.pipeline.fake import FakePipeline
+from batchpipe.runner.run import run_job
+from batchpipe.types import Capacity, StepResult
+from tests.tiny_models import tiny_model
+
+CAPACITY = Capacity(
+    num_blocks=64, block_tokens=16, num_stages=2, max_batches=2, max_step_tokens=64, max_batch_sequences=8
+)
+
+
+def open_fake(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+    return [FakePipeline(CAPACITY, info.vocabulary_size, info.eos_token_ids[0])]
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def job_of(folder: Path, rows: list[Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    job: dict[str, Any] = {
+        "model": {"name": str(tiny_model("llama"))},
+        "input": {"path": str(write_rows(folder / "rows.jsonl", rows))},
+        "sampling": {"max_tokens": 12},
+        "output": {"path": str(folder / "output"), "part_rows": 7},
+    }
+    for name, values in sections.items():
+        job[name] = job.get(name, {}) | values
+    return job
+
+
+def good_rows(count: int) -> list[Any]:
+    return [{"id": f"r{i}", "prompt": f"prompt number {i}", "topic": i % 3} for i in range(count)]
+
+
+def test_every_row_is_there_once_with_its_columns_and_the_counts_add_up(tmp_path: Path) -> None:
+    result = run_job(job_of(tmp_path, good_rows(40)), open_pipelines=open_fake)
+    table = result.table()
+    assert table["row_id"].to_pylist() == [f"r{i}" for i in range(40)]
+    assert table["topic"].to_pylist() == [i % 3 for i in range(40)]
+    assert set(table["status"].to_pylist()) == {"succeeded"}
+    assert result.exit_code == 0
+    assert (tmp_path / "output" / "_SUCCESS").exists()
+    metrics = result.metrics
+    assert metrics["rows_total"] == metrics["rows_succeeded"] == 40
+    assert metrics["completion_tokens"] == sum(table["completion_tokens"].to_pylist())
+    assert metrics["prompt_tokens"] == sum(table["prompt_tokens"].to_pylist())
+    assert pq.read_table(tmp_path / "output" / "metrics.parquet").num_rows == 1
+
+
+def test_bad_rows_fail_with_their_codes_and_stop_no_other(tmp_path: Path) -> None:
+    rows = [
+        *good_rows(3),
+        "{not json",
+        "[1, 2]",
+        {"id": "no prompt"},
+        {"id": "r1", "prompt": "the id again"},
+        {"id": "number", "prompt": 5},
+        {"id": "empty", "prompt": ""},
+        {"id": "long", "prompt": "x" * 400},
+        {"id": "hot", "prompt": "hello", "options": {"temperature": -1}},
+        {"id": "last", "prompt": "hello", "options": {"max_tokens": 2, "ignore_eos": True}},
+    ]
+    job = job_of(tmp_path, rows, sampling={"column": "options"})
+    result = run_job(job, open_pipelines=open_fake)
+    table = result.table()
+    assert result.exit_code == 3
+    assert table["error_code"].to_pylist() == [
+        None, None, None, "invalid_json", "not_an_object", "missing_prompt", "duplicate_id", "wrong_type",
+        "empty_prompt", "prompt_too_long", "invalid_sampling", None,
+    ]  # fmt: skip
+    assert table["completion_tokens"].to_pylist()[-1] == 2
+    assert (result.metrics["rows_succeeded"], result.metrics["rows_failed"]) == (4, 8)
+
+
+def test_samples_of_a_row_stand_together(tmp_path: Path) -> None:
+    rows = [*good_rows(5), {"id": "bad"}]
+    result = run_job(job_of(tmp_path, rows, sampling={"n": 3, "temperature": 1.0}), open_pipelines=open_fake)
+    table = result.table()
+    assert table["row_index"].to_pylist() == [i for i in range(6) for _ in range(3)]
+    assert table["sample_index"].to_pylist() == [0, 1, 2] * 6
+    assert result.metrics["rows_total"] == 6
+
+
+def test_parquet_columns_keep_their_types(tmp_path: Path) -> None:
+    columns = {
+        "id": pa.array([10, 11], pa.int32()),
+        "prompt": pa.array(["a", "b"], pa.large_string()),
+        "when": pa.array([1, None], pa.timestamp("ns", "Europe/Paris")),
+        "tags": pa.array([["x"], []], pa.list_(pa.dictionary(pa.int8(), pa.string()))),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    job = job_of(tmp_path, [], input={"path": str(tmp_path / "rows.parquet")})
+    table = run_job(job, open_pipelines=open_fake).table()
+    assert table["row_id"].to_pylist() == ["10", "11"]
+    for name in ("when", "prompt"):
+        assert table.schema.field(name).type == columns[name].type
+        assert table[name].combine_chunks() == columns[name]
+
+
+def test_a_finished_job_gives_its_result_again(tmp_path: Path) -> None:
+    job = job_of(tmp_path, good_rows(4))
+    first = run_job(job, open_pipelines=open_fake)
+
+    def never(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+        raise AssertionError("a finished job loads nothing")
+
+    again = run_job(job, open_pipelines=never)
+    assert again.exit_code == 0
+    assert again.metrics["run_id"] == first.metrics["run_id"]
+    assert again.table() == first.table()
+
+
+def test_another_job_is_refused_with_the_difference_and_fresh_moves_it_aside(tmp_path: Path) -> None:
+    run_job(job_of(tmp_path, good_rows(4)), open_pipelines=open_fake)
+    other = job_of(tmp_path, good_rows(4), sampling={"max_tokens": 3})
+    with pytest.raises(OutputError, match=r"sampling\.max_tokens: 12 -> 3"):
+        run_job(other, open_pipelines=open_fake)
+    result = run_job(other, fresh=True, open_pipelines=open_fake)
+    assert result.metrics["rows_total"] == 4
+    assert len(list(tmp_path.glob("output.old-*"))) == 1
+
+
+class Interrupting(FakePipeline):
+    """Sends this process a signal when so many steps were collected."""
+
+    after_steps = 6
+
+    def collect(self) -> StepResult:
+        self.after_steps -= 1
+        if self.after_steps == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().collect()
+
+
+def test_a_signal_commits_and_the_next_run_continues_with_the_same_texts(tmp_path: Path) -> None:
+    job = job_of(tmp_path, good_rows(60))
+    whole = run_job(job, {"output.path": str(tmp_path / "whole")}, open_pipelines=open_fake).table()
+
+    def interrupting(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+        return [Interrupting(CAPACITY, info.vocabulary_size, info.eos_token_ids[0])]
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:
+        run_job(job, open_pipelines=interrupting)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert stopped.value.exit_code == 75
+    assert stopped.value.summary is not None
+    assert 0 < stopped.value.summary["rows_total"] < 60
+    assert not (tmp_path / "output" / "_SUCCESS").exists()
+    result = run_job(job, open_pipelines=open_fake)
+    assert result.table().select(["row_id", "completion"]) == whole.select(["row_id", "completion"])
+    assert result.metrics["rows_total"] == 60
+    assert pq.read_table(tmp_path / "output" / "metrics.parquet").num_rows == 2
+
+
+def test_too_many_failed_rows_stop_the_job(tmp_path: Path) -> None:
+    rows = [*good_rows(2), *[{"id": f"bad{i}"} for i in range(30)]]
+    job = job_of(tmp_path, rows, output={"max_failed_fraction": 0.2})
+    with pytest.raises(TooManyFailedError, match=r"max_failed_fraction = 0\.2") as stopped:
+        run_job(job, open_pipelines=open_fake)
+    assert stopped.value.exit_code == 4
+    assert not (tmp_path / "output" / "_SUCCESS").exists()
+
+
+def test_an_empty_input_succeeds_with_no_rows(tmp_path: Path) -> None:
+    result = run_job(job_of(tmp_path, []), open_pipelines=open_fake)
+    assert result.exit_code == 0
+    assert result.table().num_rows == 0
+
+
+def test_validate_lists_what_a_run_would_fail(tmp_path: Path) -> None:
+    from batchpipe.job import load_job
+
+    job = job_of(tmp_path, [*good_rows(3), "{oops", {"id": "r0", "prompt": "again"}])
+    report = validate_job(load_job(job))
+    assert (report["rows"], report["failed"]) == (5, 2)
+    assert report["failed_by_code"] == {"invalid_json": 1, "duplicate_id": 1}
+    assert "row 4 (r0): duplicate_id" in report["problems"][1]
+
+
+def test_a_missing_model_is_told_before_the_output_is_touched(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        run_job(job_of(tmp_path, good_rows(1), model={"name": str(tmp_path / "nowhere")}))
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_command_ends_with_a_json_line_and_its_exit_code(tmp_path: Path) -> None:
+    job = job_of(tmp_path, [*good_rows(6), {"id": "bad"}], model={"dtype": "float32"})
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, "-m", "batchpipe", "run", str(path), "--set", "engine.max_batch_sequences=4"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["rows_succeeded"], summary["rows_failed"]) == (6, 1)
+    assert "7 of 7 rows" in done.stderr or "7 rows" in done.stderr
+
+
+def test_from_python_with_a_real_model(tmp_path: Path) -> None:
+    job = job_of(tmp_path, good_rows(5), model={"dtype": "float32"})
+    result = batchpipe.run(job, overrides={"input.limit": 3})
+    assert list(result.to_pandas()["row_id"]) == ["r0", "r1", "r2"]
+    assert result.metrics["num_stages"] == 1
+
+
+def test_a_terminated_command_says_how_far_it_came(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "prompt": f"row {i}"} for i in range(3000)]
+    job = job_of(tmp_path, rows, sampling={"max_tokens": 100, "ignore_eos": True})
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(job))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchpipe", "run", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "rows" in line:  # the first progress line: it runs
+            break
+    process.send_signal(signal.SIGUSR1)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 75, stderr
+    assert "stopped by SIGUSR1" in stderr
+    assert json.loads(stdout)["rows_failed"] == 0
+
+
+def test_a_column_named_like_ours_is_refused_by_validate_too(tmp_path: Path) -> None:
+    from batchpipe.errors import JobError
+    from batchpipe.job import load_job
+
+    job = job_of(tmp_path, [{"id": "a", "prompt": "b", "status": "mine"}])
+    with pytest.raises(JobError, match="status"):
+        validate_job(load_job(job))
+    assert run_job(job, {"output.columns": "none"}, open_pipelines=open_fake).exit_code == 0
