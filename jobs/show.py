@@ -1,4 +1,4 @@
-"""What a finished job made: three of its completions, its speed, and where the Parquet lies.
+"""What a finished job made: its first three completions, its speed, and where the Parquet lies.
 
 python jobs/show.py runs/quickstart
 """
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 def main() -> None:
     output = Path(sys.argv[1])
     completions = pq.read_table(output / "completions").sort_by("row_index").to_pylist()
-    for row in completions[:: max(1, len(completions) // 3)][:3]:
+    for row in completions[:3]:
         print(f"\n[{row['row_id']}] {row.get('prompt', '')}\n  -> {(row['completion'] or '').strip()}")
     run = pq.read_table(output / "metrics.parquet").to_pylist()[-1]
     print(

@@ -1,0 +1,144 @@
+"""One step with two tiers of KV, told with its numbers: the example of docs/ARCHITECTURE.md.
+
+    python benchmarks/worked_step.py
+
+Sixty rows run on a simulated pipeline of four stages whose device holds a third of the KV in use. The first step that
+prefetches whole blocks and also swaps blocks layer by layer is printed. All that is said is read from the `Step`s that
+the scheduler makes, and from their results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from replay_cases import EOS_TOKEN_ID, Lengths, requests_of
+
+from batchpipe.cost.model import KvLink, StepWork
+from batchpipe.pipeline.simulated import SimulatedPipeline
+from batchpipe.sample.rng import stream_of
+from batchpipe.scheduler.scheduler import Scheduler
+from batchpipe.types import Capacity, Step, StepResult
+
+NUM_ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 60, 34, 14
+STEP_SECONDS = 0.010
+BLOCK_BYTES = 128 << 10
+BLOCKS_PER_SECOND = 900
+CAPACITY = Capacity(
+    num_blocks=40,
+    block_tokens=16,
+    num_stages=4,
+    max_batches=5,
+    max_step_tokens=64,
+    max_batch_sequences=8,
+    num_host_blocks=160,
+    streams_per_block=4,
+    offload="both",
+)
+
+
+@dataclass(frozen=True)
+class ConstantCost:
+    """Every step takes every stage 10 ms, beside which its link carries nine blocks."""
+
+    num_stages: int = CAPACITY.num_stages
+    control_seconds: float = 0.0
+
+    @property
+    def kv_links(self) -> tuple[KvLink, ...]:
+        rate = float(BLOCKS_PER_SECOND * BLOCK_BYTES)
+        num_layers = 2 * CAPACITY.streams_per_block
+        link = KvLink(rate, rate, BLOCK_BYTES // CAPACITY.block_tokens // num_layers, num_layers)
+        return (link,) * self.num_stages
+
+    def stage_seconds(self, stage: int, work: StepWork) -> float:
+        return STEP_SECONDS
+
+    def handoff_seconds(self, num_tokens: int) -> float:
+        return 0.0
+
+
+class Device:
+    """Which sequence's KV each block of the device holds, as the steps so far left it."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, int] = {}
+
+    def evicted_by(self, step: Step) -> set[int]:
+        """Sequences whose blocks the step's prefetches and its staging blocks take."""
+        assert step.transfers is not None
+        taken = [*step.transfers.loads[:, 1].tolist(), *step.transfers.stream_units.tolist()]
+        return {self._owners[block] for block in taken if block in self._owners} - set(step.sequence_ids)
+
+    def take(self, step: Step) -> None:
+        """The step's sequences keep their blocks there; what passed through in layers, and what ended, does not."""
+        assert step.transfers is not None
+        self._owners = {block: owner for block, owner in self._owners.items() if owner not in step.released}
+        for block in step.transfers.stream_units.tolist():
+            self._owners.pop(block, None)
+        num_blocks = -(-(step.context_lengths + step.query_lengths) // CAPACITY.block_tokens)
+        for sequence, blocks, num in zip(step.sequence_ids, step.block_tables.tolist(), num_blocks, strict=True):
+            self._owners.update({block: sequence for block in blocks[:num] if block < CAPACITY.num_blocks})
+
+
+def first_step_of_both_kinds() -> tuple[Step, StepResult, set[int]]:
+    """The step, its result, and the sequences it evicts."""
+    cost = ConstantCost()
+    prompts, outputs = (np.full(NUM_ROWS, tokens, np.int32) for tokens in (PROMPT_TOKENS, COMPLETION_TOKENS))
+    requests, lengths = requests_of(Lengths(prompts, outputs, PROMPT_TOKENS + COMPLETION_TOKENS))
+    pipeline = SimulatedPipeline(CAPACITY, cost, lengths, EOS_TOKEN_ID)
+    scheduler = Scheduler(CAPACITY, "temporal", frozenset({EOS_TOKEN_ID}), stream_of, lambda params: None, cost)
+    scheduler.add(requests)
+    device, found = Device(), None
+    while not scheduler.idle:
+        while scheduler.has_room and (step := scheduler.next_step()):
+            assert step.transfers is not None
+            if found is None and len(step.transfers.loads) and len(step.transfers.streams):
+                found = step, device.evicted_by(step)
+            device.take(step)
+            pipeline.submit(step)
+        result = pipeline.collect()
+        if found is not None and result.step_id == found[0].step_id:
+            return found[0], result, found[1]
+        scheduler.record(result)
+        scheduler.take_finished()
+    raise AssertionError("no step prefetches and swaps layer by layer")
+
+
+def told(step: Step, result: StepResult, evicted: Iterable[int]) -> str:
+    transfers = step.transfers
+    assert transfers is not None
+    tables = zip(step.sequence_ids, transfers.host_tables.tolist(), strict=True)
+    owned = {sequence: set(blocks) for sequence, blocks in tables}
+    loaded, streamed = set(transfers.loads[:, 0].tolist()), set(transfers.streams.tolist())
+    prefetched = [sequence for sequence, blocks in owned.items() if blocks & loaded]
+    swapped = [sequence for sequence, blocks in owned.items() if blocks & streamed]
+    resident = [sequence for sequence in owned if sequence not in prefetched + swapped]
+    num_moved, budget = len(loaded) + len(streamed), int(BLOCKS_PER_SECOND * STEP_SECONDS)
+    stalls = [use.stall_seconds for use in result.link_uses]
+    contexts = step.context_lengths
+    return "\n".join(
+        [
+            f"step {step.step_id}: {len(owned)} sequences, one new token each behind {contexts.min()} to "
+            f"{contexts.max()} tokens",
+            f"  KV on the device already   sequences {_listed(resident)}",
+            f"  prefetched before it       sequence {_listed(prefetched)}: host blocks {_listed(loaded)} "
+            f"to device blocks {_listed(transfers.loads[:, 1].tolist())}",
+            f"  swapped in layer by layer  sequence {_listed(swapped)}: host blocks {_listed(streamed)} "
+            f"through device blocks {_listed(transfers.stream_units.tolist())}",
+            f"  evicted for both           sequences {_listed(evicted)}: released, as the host has their KV",
+            f"  host to device             {num_moved} blocks; the link carries {budget} in a step of "
+            f"{1e3 * STEP_SECONDS:.0f} ms",
+            f"  device to host             {int(step.query_lengths.sum())} tokens of new KV",
+            f"  stall                      {1e3 * max(stalls):.1f} ms at most on a stage",
+        ]
+    )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, sorted(numbers))) or "none"
+
+
+if __name__ == "__main__":
+    print(told(*first_step_of_both_kinds()))
