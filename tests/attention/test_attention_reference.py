@@ -9,6 +9,7 @@ import torch
 from batchpipe.attention.base import AttentionInputs
 from batchpipe.attention.reference import ReferenceAttention
 from batchpipe.kv.pool import KvPool
+from tests.attention.exact_attention import exact_attention
 from tests.attention.paged_cases import PagedCase, attend_in_chunks
 
 
@@ -29,16 +30,25 @@ def attend_token_by_token(case: PagedCase, sequence: int) -> torch.Tensor:
     return output
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True}])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (3.0, False), (None, True), (2.0, True)])
 @pytest.mark.parametrize("sliding_window", [None, 1, 5])
 @pytest.mark.parametrize("block_tokens", [1, 16])
-def test_equals_a_loop_over_tokens(options: dict[str, object], sliding_window: int | None, block_tokens: int) -> None:
+def test_equals_a_loop_over_tokens(
+    softcap: float | None, sinks: bool, sliding_window: int | None, block_tokens: int
+) -> None:
     case = PagedCase.make(
-        lengths=[1, 7, 20], group=2, block_tokens=block_tokens, sliding_window=sliding_window, **options
+        lengths=[1, 7, 20],
+        group=2,
+        block_tokens=block_tokens,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
     )
     outputs = attend_in_chunks(ReferenceAttention(), case, chunk_tokens=6)
-    for sequence, output in enumerate(outputs):
-        torch.testing.assert_close(output.double(), attend_token_by_token(case, sequence), atol=2e-6, rtol=1e-5)
+    for sequence, (output, (exact, _)) in enumerate(zip(outputs, exact_attention(case), strict=True)):
+        expected = attend_token_by_token(case, sequence)
+        torch.testing.assert_close(output.double(), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(exact, expected)
 
 
 def test_new_tokens_stand_behind_their_context() -> None:

@@ -34,7 +34,7 @@ def scheduler_for(pipeline: SimulatedPipeline, schedule: str) -> Scheduler:
     return Scheduler(pipeline.capacity, schedule, frozenset({EOS}), stream_of, lambda params: None, cost=pipeline.cost)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=30),
     num_blocks=st.integers(8, 60),

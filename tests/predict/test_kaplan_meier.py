@@ -55,7 +55,7 @@ def test_tables_of_parts_add_up_to_the_table_of_all(data: st.DataObject) -> None
     np.testing.assert_allclose(total.ended, whole.ended)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.floats(40, 400), st.floats(0.7, 2.0), st.integers(30, 600))
 def test_cut_rows_bias_nothing(seed: int, scale: float, shape: float, cut_scale: int) -> None:
     """Lengths beyond a cut of their own are only known to be beyond it; the naive mean would be far too short."""

@@ -51,7 +51,7 @@ def run_together(num_steps: int, dtype: torch.dtype) -> list[list[int]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(order=st.permutations(range(len(MIX))), cut=st.integers(0, len(MIX)))
-@hypothesis_settings(max_examples=15, deadline=None)
+@hypothesis_settings(max_examples=15)
 def test_tokens_do_not_depend_on_order_or_company(dtype: torch.dtype, order: list[int], cut: int) -> None:
     sampler = sampler_of(*MIX)
     tokens: list[list[int]] = [[] for _ in MIX]

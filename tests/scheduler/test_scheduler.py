@@ -11,7 +11,7 @@ from batchpipe.types import ErrorCode
 from tests.scheduler.scheduler_cases import capacity, drive, expected, fake, request, scheduler_for
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=30),
     num_blocks=st.integers(8, 60),

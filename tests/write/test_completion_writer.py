@@ -165,7 +165,7 @@ def test_a_killed_process_loses_and_doubles_nothing(tmp_path, point):
 DEATH = st.tuples(st.sampled_from(CRASH_POINTS), st.integers(1, 4))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     total_rows=st.integers(0, 40),
     runs=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 7), DEATH), max_size=4),

@@ -45,7 +45,7 @@ def test_two_tiers_say_the_same_as_one(num_stages: int, max_batches: int, mode: 
     assert all(len(result.link_uses) == num_stages for result in results)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 1 << 20),
     num_stages=st.integers(1, 2),

@@ -219,7 +219,7 @@ def test_batches_reach_the_capacity_law(window: Window, num_buffers: float, num_
     assert np.mean(run.batch_blocks[middle]) == pytest.approx(law, rel=0.05)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     window=st.sampled_from(list(Window)),
     num_stages=st.integers(2, 6),

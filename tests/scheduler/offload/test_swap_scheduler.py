@@ -136,7 +136,7 @@ CAPACITIES = {
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=40)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=LENGTHS,
     offered=st.fixed_dictionaries(CAPACITIES),
@@ -157,7 +157,7 @@ def test_every_row_ends_once_with_its_own_text(
     assert_whole(drive(scheduler, pipeline, requests), requests, scheduler, pipeline)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     lengths=LENGTHS,
     offered=st.fixed_dictionaries(CAPACITIES),

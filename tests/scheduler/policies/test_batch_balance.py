@@ -14,7 +14,7 @@ def ready_of(contexts: list[int]) -> list[SequenceState]:
     return [sequence(index, context, 0, 0) for index, context in enumerate(contexts)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 60))
 def test_as_many_as_asked_for_and_no_further_from_the_share_than_the_first_in_line(
     contexts: list[int], num_decodes: int

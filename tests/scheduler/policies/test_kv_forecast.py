@@ -61,7 +61,7 @@ def test_a_row_past_its_curve_counts_in_full_until_its_limit() -> None:
     assert (forecast.mean_blocks[forecast.offsets_tokens >= 40] == 0).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 38), st.integers(0, 1)), min_size=1, max_size=20))
 def test_adding_is_the_same_as_building_with_all(rows: list[tuple[int, int, int]]) -> None:
     sequences = [sequence(i, *row) for i, row in enumerate(rows)]
