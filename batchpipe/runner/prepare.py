@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
+import batchpipe
 from batchpipe.job import Job
 from batchpipe.job.identity import Identity, identity
 from batchpipe.model.describe import ModelInfo, describe_model
@@ -24,6 +25,7 @@ from batchpipe.read.tokenize import requests
 from batchpipe.sample.stop import StopStrings
 from batchpipe.types import FailedRow, Request, SamplingParams
 from batchpipe.write.folder import OutputFolder
+from batchpipe.write.open import open_output
 from batchpipe.write.schema import completions_schema
 
 AUTO_SCHEDULE = "temporal"
@@ -84,12 +86,12 @@ class Prepared:
         return StopStrings(self.tokenizer.decode, params.stop, params.min_tokens) if params.stop else None
 
     def open_output(self, fresh: bool) -> OutputFolder:
-        return OutputFolder.open(
+        return open_output(
             Path(self.job.output.path),
             identity=self.identity,
             job_yaml=yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             schema=self.schema,
-            provenance={"model": self.model.name, "revision": self.model.revision},
+            provenance={"version": batchpipe.__version__, "model": self.model.name, "revision": self.model.revision},
             fresh=fresh,
         )
 

@@ -1,16 +1,7 @@
-"""Outcomes to committed Parquet parts, each input row once."""
+"""Writing the output: each input row's outcome reaches the disk once, whenever the process is killed.
 
-from batchpipe.write.folder import OutputFolder
-from batchpipe.write.row_set import RowCounts
-from batchpipe.write.schema import RESERVED_COLUMNS, check_no_clash, completions_schema, to_batch
-from batchpipe.write.writer import CompletionWriter
-
-__all__ = [
-    "RESERVED_COLUMNS",
-    "CompletionWriter",
-    "OutputFolder",
-    "RowCounts",
-    "check_no_clash",
-    "completions_schema",
-    "to_batch",
-]
+`open` locks the folder, compares the job's identity and repairs what a killed run left; `writer` appends outcomes (as
+batches of `schema`) to a `row_log` and turns full ones into Parquet parts; `commit` publishes a part and records it;
+`folder` knows the paths and which rows are done (`row_set`); `durable` holds the file operations that survive a power
+cut, and `crash` the points at which tests kill the process.
+"""

@@ -1,7 +1,7 @@
-"""What a committed part is, and the list of them.
+"""What a committed part is, and the log of committed parts.
 
-A part is committed when it has its final name: it was synced and read back under another name before. The list spares a
-resumed run the reading of every part; whatever it lost is read from the parts again.
+A part is committed as soon as it has its final name: before, it was synced and read back under a temporary name. The
+log spares a resumed run the reading of every part; a part whose record is lost is read again.
 """
 
 from __future__ import annotations
@@ -48,19 +48,13 @@ class _Line:
 
 
 def commit_part(batches: Sequence[pa.RecordBatch], schema: pa.Schema, temporary: Path, path: Path) -> PartRecord:
-    """Writes one part and gives it its final name; a crash on the way leaves `path` absent or whole.
+    """Writes one part and gives it its final name; after a crash on the way `path` is absent or whole.
 
-    Raises OutputError where the disk refuses, or gives back something else than was written.
+    Raises OutputError if the disk refuses, or if what is read back differs from what was written.
     """
     table = pa.Table.from_batches(batches, schema).combine_chunks()  # many small chunks are written three times slower
     with writing(path):
-        pq.write_table(
-            table,
-            temporary,
-            compression="zstd",
-            compression_level=3,
-            write_page_index=True,
-        )
+        pq.write_table(table, temporary, compression="zstd", compression_level=3, write_page_index=True)
         crash_point("after_tmp_write")
         sync(temporary)
     record = describe_part(temporary, path.name, schema.metadata)
@@ -74,12 +68,11 @@ def commit_part(batches: Sequence[pa.RecordBatch], schema: pa.Schema, temporary:
 
 
 def describe_part(path: Path, name: str, metadata: Mapping[bytes, bytes]) -> PartRecord:
-    """Reads a part of the job that `metadata` names. Raises OutputError where it is damaged, or another job's."""
+    """Reads a part. Raises OutputError if it is damaged, or its identity is another job's than that of `metadata`."""
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        part = pq.ParquetFile(path)
-        with part:
+        with pq.ParquetFile(path) as part:
             found = part.metadata.metadata or {}
             table = part.read(["row_index", "sample_index", "status"])
     except (OSError, pa.ArrowException) as error:
@@ -91,16 +84,14 @@ def describe_part(path: Path, name: str, metadata: Mapping[bytes, bytes]) -> Par
 
 
 class CommitLog:
-    """`commits.jsonl`: one line a committed part, each with its checksum."""
+    """`commits.jsonl`: one line per committed part, each with its checksum."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> tuple[list[PartRecord], bool]:
         """The readable records, and whether they are all that the file holds."""
-        if not self._path.exists():
-            return [], True
-        data = self._path.read_bytes()
+        data = self._path.read_bytes() if self._path.exists() else b""
         decoded = [_decode(line) for line in data.split(b"\n") if line]
         records = [record for record in decoded if record is not None]
         return records, len(records) == len(decoded) and (not data or data.endswith(b"\n"))
@@ -126,8 +117,6 @@ def _encode(record: PartRecord) -> bytes:
 def _decode(text: bytes) -> PartRecord | None:
     try:
         line = msgspec.json.decode(text, type=_Line)
-        if zlib.crc32(line.part) != line.crc32:
-            return None
-        return msgspec.json.decode(line.part, type=PartRecord)
+        return msgspec.json.decode(line.part, type=PartRecord) if zlib.crc32(line.part) == line.crc32 else None
     except msgspec.MsgspecError:
         return None

@@ -1,4 +1,4 @@
-"""Named places where a test lets the process die as `kill -9` would."""
+"""Named places at which a test can kill the process, as `kill -9` would."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _times_passed: Counter[str] = Counter()
 
 
 def crash_point(name: str) -> None:
-    """Ends the process at once where `BATCHPIPE_CRASH_AT` is `name`, or `name:k` and this is the k-th time here."""
+    """Ends the process if `BATCHPIPE_CRASH_AT` is `name`, or is `name:k` and this is the k-th call with `name`."""
     wanted = os.environ.get(CRASH_VARIABLE)
     if wanted is None:
         return

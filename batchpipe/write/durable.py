@@ -23,9 +23,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`: whoever reads it, now or after a crash, sees the old file or the new one.
+    """Replaces `path` by `data`; a reader, also one after a crash, finds the old content or the new, never a mixture.
 
-    Raises OutputError where the disk refuses.
+    Raises OutputError if the disk refuses.
     """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -37,13 +37,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Gives a synced file its final name, for good."""
+    """Renames a synced file to its final name, and syncs the folder so that the name survives a power cut."""
     os.replace(temporary, path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or folder is on disk."""
+    """Waits until the content of a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,7 +52,7 @@ def sync(path: Path) -> None:
 
 
 def write_fully(descriptor: int, data: bytes) -> None:
-    """`os.write` until everything is written; a nearly full disk takes only a part at first."""
+    """Repeats `os.write` until all of `data` is written: on a nearly full disk one call writes only a part."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

@@ -1,4 +1,4 @@
-"""One writer an output folder: a `flock` that the kernel frees however its holder ends."""
+"""One writer per output folder: a `flock`, which the kernel releases however the process that holds it ends."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 import orjson
 
 from batchpipe.errors import OutputError
 
-# `holder` takes the lock for an instant to see whether it is free; a run that starts in this instant tries again.
+# `holder` takes the lock for an instant to see whether it is free, so a run that starts just then tries again.
 _ATTEMPTS = 5
 _ATTEMPT_SECONDS = 0.02
 
 
 class FolderLock:
-    """Held from construction until `release`. Raises OutputError, naming the holder, where another run has it."""
+    """The lock on `<output folder>/<state folder>/lock`, held from construction until `release`.
+
+    Raises OutputError, naming the process that holds it, if another run has the lock.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -31,13 +33,15 @@ class FolderLock:
         try:
             self._acquire()
         except BaseException:
-            os.close(self._descriptor)
+            self.release()
             raise
 
     def _acquire(self) -> None:
+        folder = self._path.parent.parent
         for _ in range(_ATTEMPTS):
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
                 time.sleep(_ATTEMPT_SECONDS)
             except OSError as error:
@@ -45,30 +49,18 @@ class FolderLock:
                     f"{self._path}: the file system has no locks ({error.strerror}), so two runs could mix their "
                     "rows; set output.path to a folder on another file system."
                 ) from error
-            else:
-                break
         else:
-            in_use_by = _describe(_read_holder(self._path))
-            raise OutputError(f"{self._path.parent.parent}: in use by another run, {in_use_by}.")
-        if not self._still_there():
-            raise OutputError(f"{self._path.parent.parent}: was moved aside by another run just now; run again.")
-        self._describe_holder()
-
-    def _still_there(self) -> bool:
-        """A run with --fresh may have renamed the folder between our opening the file and our locking it."""
+            raise OutputError(f"{folder}: in use by another run, {_describe(_read_holder(self._path))}.")
+        # Between the opening of the file and its locking, a run with --fresh may have renamed the folder.
         try:
-            return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
+            was_moved = not os.path.samestat(os.fstat(self._descriptor), self._path.stat())
         except FileNotFoundError:
-            return False
-
-    def _describe_holder(self) -> None:
-        holder = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": datetime.now(UTC).isoformat("T", "seconds"),
-        }
+            was_moved = True
+        if was_moved:
+            raise OutputError(f"{folder}: was moved aside by another run just now; run again.")
+        since = datetime.now(UTC).isoformat("T", "seconds")
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, orjson.dumps(holder), 0)
+        os.pwrite(self._descriptor, orjson.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}), 0)
 
     def release(self) -> None:
         os.close(self._descriptor)
@@ -76,14 +68,12 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.release()
 
 
 def holder(path: Path) -> dict[str, object] | None:
-    """Who holds the lock file `path` (`host`, `pid`, `since`), None where nobody does. Leaves a held lock alone."""
+    """`host`, `pid` and `since` of the process that holds the lock file `path`; None if the lock is free."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -98,15 +88,12 @@ def holder(path: Path) -> dict[str, object] | None:
 
 
 def _read_holder(path: Path) -> dict[str, object]:
-    """What the holder wrote; empty in the instant before it did."""
+    """What the holder wrote about itself; empty in the instant between its locking and its writing."""
     try:
-        found = orjson.loads(path.read_bytes())
+        return dict(orjson.loads(path.read_bytes()))
     except (OSError, orjson.JSONDecodeError):
         return {}
-    return dict(found)
 
 
 def _describe(found: dict[str, object]) -> str:
-    if not found:
-        return "which is just starting"
-    return f"process {found['pid']} on {found['host']} since {found['since']}"
+    return f"process {found['pid']} on {found['host']} since {found['since']}" if found else "which is just starting"

@@ -1,7 +1,8 @@
 """The row log: finished rows on disk before their part is full.
 
-A log is a chain of frames: magic, payload bytes, crc32 of the payload, payload. The payloads of one log, put one after
-the other, are one Arrow IPC stream, whose schema opens the first. A crash can tear the last frame, never another.
+A log is a sequence of frames, each of which holds a magic number, the payload's length in bytes, the payload's crc32
+and the payload. The payloads of one log, concatenated, are one Arrow IPC stream; the first one begins with the schema.
+A crash can tear only the last frame.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _HEADER = struct.Struct("<4sII")
 
 
 class RowLog:
-    """A log being written. One thread appends; another may sync, and closes it once nothing is appended any more."""
+    """A log being written. One thread appends; another may sync, and closes the log after the last append."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
@@ -33,7 +34,7 @@ class RowLog:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def append(self, batch: pa.RecordBatch) -> None:
-        """Survives the death of the process when this returns, and a power cut after the next `sync`."""
+        """The batch survives the death of the process once this returns, and a power cut after the next `sync`."""
         self._stream.write_batch(batch)
         payload = self._payload.getvalue()
         self._payload.seek(0)
@@ -51,9 +52,9 @@ class RowLog:
 
 
 def read_log(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """The rows of a log, less a torn last frame.
+    """The batches of a log, without a torn last frame.
 
-    Raises OutputError where a damaged frame stands before a whole one, or the rows have other columns than `schema`.
+    Raises OutputError if a whole frame follows a damaged one, or if the rows have other columns than `schema`.
     """
     with writing(path):
         data = path.read_bytes()
@@ -71,22 +72,19 @@ def _payloads(path: Path, data: bytes) -> Iterator[bytes]:
     while (payload := _payload_at(data, offset)) is not None:
         yield payload
         offset += _HEADER.size + len(payload)
-    following = data.find(MAGIC, offset + 1)
-    while following != -1:
+    following = offset
+    while (following := data.find(MAGIC, following + 1)) != -1:
         if _payload_at(data, following) is not None:
             raise OutputError(
                 f"{path}: damaged at byte {offset}, with good rows behind it at byte {following}; the disk lost what "
                 "was written. Delete this file to compute its rows again, or start over with --fresh."
             )
-        following = data.find(MAGIC, following + 1)
 
 
 def _payload_at(data: bytes, offset: int) -> bytes | None:
-    """The payload of the frame at `offset`, None where no whole frame stands there."""
+    """The payload of the frame that begins at `offset`; None if no whole frame does."""
     if len(data) - offset < _HEADER.size:
         return None
     magic, length, checksum = _HEADER.unpack_from(data, offset)
     payload = data[offset + _HEADER.size : offset + _HEADER.size + length]
-    if magic != MAGIC or len(payload) != length or zlib.crc32(payload) != checksum:
-        return None
-    return payload
+    return payload if magic == MAGIC and len(payload) == length and zlib.crc32(payload) == checksum else None

@@ -1,4 +1,4 @@
-"""Which input rows have an outcome, and what it was: sets and counts of rows, small at a hundred million rows."""
+"""Which input rows have an outcome, and which kind: sets and counts that stay small at a hundred million rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from batchpipe.types import RowStatus
 
 Int64Array = NDArray[np.int64]
-Range = tuple[int, int]  # first and last row index, both in
+Range = tuple[int, int]  # first and last row index, both included
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class RowCounts:
 
 
 class RowSet:
-    """A set of row indexes as a bitmap: an eighth of a byte for every row up to the highest."""
+    """A set of row indexes as a bitmap, with one bit for each row up to the highest index."""
 
     def __init__(self) -> None:
         self._bits = np.zeros(1024, dtype=np.uint8)
@@ -42,14 +42,13 @@ class RowSet:
     def __contains__(self, row_index: object) -> bool:
         assert isinstance(row_index, int)
         byte = row_index >> 3
-        bits = self._bits
-        return byte < len(bits) and bool(bits[byte] >> (row_index & 7) & 1)
+        return byte < len(self._bits) and bool(self._bits[byte] >> (row_index & 7) & 1)
 
     def __len__(self) -> int:
         return self._length
 
     def overlaps(self, row_indexes: Int64Array) -> bool:
-        """Whether any of the rows is in the set, or comes twice."""
+        """Whether a row of `row_indexes` is in the set, or is named twice."""
         if len(np.unique(row_indexes)) != len(row_indexes):
             return True
         known = row_indexes[row_indexes >> 3 < len(self._bits)]
@@ -62,21 +61,22 @@ class RowSet:
             return
         needed_bytes = (int(row_indexes.max()) >> 3) + 1
         if needed_bytes > len(self._bits):
-            grown = np.zeros(max(needed_bytes, 2 * len(self._bits)), dtype=np.uint8)
-            grown[: len(self._bits)] = self._bits
-            self._bits = grown
+            grown_bytes = max(needed_bytes, 2 * len(self._bits))
+            self._bits = np.pad(self._bits, (0, grown_bytes - len(self._bits)))
         np.bitwise_or.at(self._bits, row_indexes >> 3, np.left_shift(1, row_indexes & 7).astype(np.uint8))
         self._length += len(row_indexes)
 
 
 def summarize(completions: pa.RecordBatch | pa.Table) -> tuple[Int64Array, RowCounts]:
-    """The input rows of completions in which the samples of a row stand together, and how these rows ended."""
+    """(input rows [R], counts of their outcomes) of a table in which the samples of one row are neighbours."""
     first_samples = np.flatnonzero(np.asarray(completions.column("sample_index")) == 0)
     if not len(first_samples):
         return np.empty(0, dtype=np.int64), RowCounts()
     status = completions.column("status")
-    failed = np.logical_or.reduceat(np.asarray(pc.equal(status, RowStatus.FAILED.value)), first_samples)
-    canceled = np.logical_or.reduceat(np.asarray(pc.equal(status, RowStatus.CANCELED.value)), first_samples)
+    failed, canceled = (
+        np.logical_or.reduceat(np.asarray(pc.equal(status, kind.value)), first_samples)
+        for kind in (RowStatus.FAILED, RowStatus.CANCELED)
+    )
     num_failed = int(failed.sum())
     num_canceled = int((canceled & ~failed).sum())
     counts = RowCounts(len(first_samples) - num_failed - num_canceled, num_failed, num_canceled)
@@ -84,16 +84,14 @@ def summarize(completions: pa.RecordBatch | pa.Table) -> tuple[Int64Array, RowCo
 
 
 def to_ranges(row_indexes: Int64Array) -> list[Range]:
-    """The rows as the fewest ranges, in order."""
+    """The smallest number of ranges that together are the rows, in increasing order."""
     if not len(row_indexes):
         return []
     ordered = np.sort(row_indexes)
     ends = np.flatnonzero(np.diff(ordered) != 1)
-    firsts = ordered[np.concatenate(([0], ends + 1))]
-    lasts = ordered[np.concatenate((ends, [len(ordered) - 1]))]
+    firsts, lasts = ordered[np.append(0, ends + 1)], ordered[np.append(ends, len(ordered) - 1)]
     return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
 
 def from_ranges(ranges: Sequence[Range]) -> Int64Array:
-    pieces = [np.arange(first, last + 1, dtype=np.int64) for first, last in ranges]
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(first, last + 1) for first, last in ranges)])

@@ -1,7 +1,8 @@
-"""The completions table: its columns, and outcomes as one Arrow batch of it."""
+"""The completions table: its columns, and the conversion of outcomes to an Arrow batch with these columns."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ RESERVED_COLUMNS = frozenset(field.name for field in (*_OWN_FIELDS, _LOGPROBS_FI
 def completions_schema(carried: pa.Schema, with_logprobs: bool) -> pa.Schema:
     """The schema of every part: our columns, then the carried ones with their exact types.
 
-    Raises JobError where a carried column clashes or cannot be written to Parquet.
+    Raises JobError if a carried column has a name of ours or a type that Parquet lacks.
     """
     check_no_clash(carried)
     for field in carried:
@@ -51,7 +52,7 @@ def completions_schema(carried: pa.Schema, with_logprobs: bool) -> pa.Schema:
 
 
 def check_no_clash(carried: pa.Schema) -> None:
-    """Raises JobError where a carried column has the name of one of ours, or two have one name."""
+    """Raises JobError if a carried column has the name of one of ours, or two carried columns share a name."""
     for name in carried.names:
         if name in RESERVED_COLUMNS:
             raise JobError(
@@ -63,7 +64,7 @@ def check_no_clash(carried: pa.Schema) -> None:
 
 
 def _check_storable(field: pa.Field) -> None:
-    """A type that Parquet lacks must be found before the first part is due."""
+    """Writes an empty Parquet file, so that a type which Parquet lacks is found before the model is loaded."""
     try:
         pq.write_table(pa.schema([field]).empty_table(), pa.BufferOutputStream())
     except pa.ArrowNotImplementedError as error:
@@ -74,9 +75,9 @@ def _check_storable(field: pa.Field) -> None:
 
 
 def to_batch(outcomes: Sequence[Outcome], schema: pa.Schema) -> pa.RecordBatch:
-    """The rows of at least one outcome, the samples of an outcome together.
+    """One row per sample of `outcomes` (at least one), the samples of an outcome as neighbours.
 
-    Outcomes whose carried columns stand in one Arrow batch come together, so that these are taken column by column.
+    Outcomes are grouped by the Arrow batch of their carried columns, because Arrow takes rows of one batch at a time.
     """
     groups: dict[int, list[Outcome]] = {}
     for outcome in outcomes:
@@ -87,7 +88,7 @@ def to_batch(outcomes: Sequence[Outcome], schema: pa.Schema) -> pa.RecordBatch:
     if len(schema) > num_own:
         taken = [_take_carried(group) for group in groups.values()]
         carried = taken[0] if len(taken) == 1 else pa.concat_batches(taken)
-        assert carried.schema.names == schema.names[num_own:], "carried columns differ from those announced"
+        assert carried.schema.names == schema.names[num_own:], "carried columns differ from the schema's"
         arrays += carried.columns
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
@@ -115,26 +116,18 @@ def _own_columns(outcomes: list[Outcome], with_logprobs: bool) -> list[pa.Array]
 
 
 def _logprobs_column(samples: list[SampleOutcome]) -> pa.Array:
-    offsets = [0]
-    for sample in samples:
-        offsets.append(offsets[-1] + len(sample.logprobs))
+    offsets = list(itertools.accumulate((len(sample.logprobs) for sample in samples), initial=0))
     tokens = [token for sample in samples for token in sample.logprobs]
-    columns: list[list[Any]] = [
-        [token.token_id for token in tokens],
-        [token.logprob for token in tokens],
-        [token.top_ids for token in tokens],
-        [token.top_logprobs for token in tokens],
-    ]
     fields = list(_TOKEN_LOGPROBS)
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, fields, strict=True)]
+    arrays = [pa.array([getattr(token, field.name) for token in tokens], field.type) for field in fields]
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(arrays, fields=fields))
 
 
 def _take_carried(outcomes: list[Outcome]) -> pa.RecordBatch:
-    """The carried rows of outcomes that share one Arrow batch, one a sample; a copy, so that the batch can go."""
+    """The carried values of outcomes of one Arrow batch, a row per sample; a copy, so that the batch can be freed."""
     offsets = [outcome.key.carried.offset for outcome in outcomes for _ in outcome.samples]
     batch = outcomes[0].key.carried.batch
     try:
         return batch.take(pa.array(offsets, pa.int64()))
-    except pa.ArrowNotImplementedError:  # Arrow cannot take from views (string_view), only join slices of them
+    except pa.ArrowNotImplementedError:  # of string_view, of which Arrow can only join slices
         return pa.concat_batches([batch.slice(offset, 1) for offset in offsets])

@@ -1,4 +1,4 @@
-"""The writer: outcomes go to the row log at once, and to a part when enough have come."""
+"""The writer: every outcome goes to the row log at once, and full row logs become parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 import pyarrow as pa
 
@@ -14,23 +13,24 @@ from batchpipe.errors import OutputError
 from batchpipe.types import Outcome
 from batchpipe.write.crash import crash_point
 from batchpipe.write.folder import OutputFolder
-from batchpipe.write.recover import next_part_number
+from batchpipe.write.open import next_part_number
 from batchpipe.write.row_log import RowLog
 from batchpipe.write.row_set import RowCounts, summarize
 from batchpipe.write.schema import to_batch
 
-# A power cut costs at most the rows of this long; the death of the process costs none that `write` returned for.
+# Seconds between two syncs of the row log: a power cut loses at most the rows of this time. The death of the process
+# alone loses no row for which `write` has returned.
 SYNC_SECONDS = 1.0
 
 
 class CompletionWriter:
     """Writes outcomes to an open folder; leave it as a context manager, which commits what is pending.
 
-    Parts are written and logs synced by a thread of its own; what fails there is raised by the next call.
+    A background thread writes parts and syncs logs; its errors are raised by the next call.
     """
 
     def __init__(self, folder: OutputFolder, part_rows: int) -> None:
-        """`part_rows` is how many completions make a part; the samples of a row are never split."""
+        """A part is committed once it has `part_rows` completions; the samples of a row stay in one part."""
         self._folder = folder
         self._part_rows = part_rows
         self._part_number = next_part_number(folder)
@@ -47,9 +47,10 @@ class CompletionWriter:
         return self._folder.counts
 
     def write(self, outcomes: Sequence[Outcome]) -> None:
-        """Takes the outcomes of rows that have none yet. They survive the death of the process when this returns.
+        """Takes the outcomes of rows that have none yet. They survive the death of the process once this returns.
 
-        Call it with none now and then, so that a sync that is due happens. Raises OutputError where the disk refuses.
+        A call also does a sync that is due, so call it regularly, if need be with no outcomes. Raises OutputError if
+        the disk refuses.
         """
         while self._background and self._background[0].done():
             self._background.popleft().result()
@@ -61,11 +62,11 @@ class CompletionWriter:
         self._sync_when_due()
 
     def finish(self, total_rows: int) -> None:
-        """Commits the last part and declares the output complete; `total_rows` is what the input held."""
+        """Commits the last part and declares the output complete; `total_rows` is the number of input rows."""
         self._commit_pending()
         self._wait()
         if not self._folder.parts:
-            self._folder.commit(0, [])  # an empty input still makes a table that can be read
+            self._folder.commit(0, [])  # so that an empty input still gives a readable table
         self._folder.finish(total_rows)
 
     def _end_of_part(self, outcomes: Sequence[Outcome], start: int) -> int:
@@ -90,7 +91,7 @@ class CompletionWriter:
     def _commit_pending(self) -> None:
         if self._log is None:
             return
-        self._wait()  # two parts in memory at most: the one that fills and the one that is written
+        self._wait()  # keeps at most two parts in memory: the one being filled and the one being written
         self._in_background(_commit, self._folder, self._part_number, self._pending, self._log)
         self._log = None
         self._pending = []
@@ -113,12 +114,10 @@ class CompletionWriter:
     def __enter__(self) -> CompletionWriter:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Commits what is pending, also when the run was interrupted; a disk that refused is not asked again."""
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Commits what is pending, also after an interruption, but not after an error of the disk."""
         try:
-            if exc_type is None or not issubclass(exc_type, OutputError):
+            if kind is None or not issubclass(kind, OutputError):
                 self._commit_pending()
                 self._wait()
         finally:

@@ -6,7 +6,8 @@ from batchpipe.errors import OutputError
 from batchpipe.report import RunMetrics, append_metrics, read_metrics
 from batchpipe.runner.result import Result
 from batchpipe.types import Carried, Outcome, RowKey
-from batchpipe.write import CompletionWriter, completions_schema
+from batchpipe.write.schema import completions_schema
+from batchpipe.write.writer import CompletionWriter
 from tests.report.run_metrics_case import RUN_METRICS
 from tests.write.completion_cases import SCHEMA, open_folder, outcomes_of, run_job, sample
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import batchpipe
 from batchpipe.errors import OutputError
 from batchpipe.job.identity import Identity
 from batchpipe.types import (
@@ -23,7 +24,10 @@ from batchpipe.types import (
     SampleOutcome,
     TokenLogprobs,
 )
-from batchpipe.write import CompletionWriter, OutputFolder, completions_schema
+from batchpipe.write.folder import OutputFolder
+from batchpipe.write.open import open_output
+from batchpipe.write.schema import completions_schema
+from batchpipe.write.writer import CompletionWriter
 
 REPOSITORY = Path(__file__).parents[2]
 IDENTITY = Identity({"model.name": "tiny", "sampling.temperature": 0.0})
@@ -61,12 +65,12 @@ def outcomes_of(indexes: Iterable[int], num_samples: int = 1) -> list[Outcome]:
 def open_folder(
     path: Path, *, identity: Identity = IDENTITY, schema: pa.Schema = SCHEMA, fresh: bool = False
 ) -> OutputFolder:
-    return OutputFolder.open(
+    return open_output(
         path,
         identity=identity,
         job_yaml="version: 1\n",
         schema=schema,
-        provenance={"model": "tiny", "revision": "abc"},
+        provenance={"version": batchpipe.__version__, "model": "tiny", "revision": "abc"},
         fresh=fresh,
     )
 

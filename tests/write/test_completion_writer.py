@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 import batchpipe
 from batchpipe.errors import InterruptedRunError
-from batchpipe.write import CompletionWriter, RowCounts, commit, crash, folder, writer
+from batchpipe.write import commit, crash, folder, writer
+from batchpipe.write.row_set import RowCounts
+from batchpipe.write.writer import CompletionWriter
 from tests.write.completion_cases import (
     IDENTITY,
     SCHEMA,

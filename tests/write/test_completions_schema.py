@@ -5,7 +5,7 @@ import pytest
 
 from batchpipe.errors import JobError
 from batchpipe.types import Carried, Outcome, RowKey, RowStatus, TokenLogprobs
-from batchpipe.write import RESERVED_COLUMNS, check_no_clash, completions_schema, to_batch
+from batchpipe.write.schema import RESERVED_COLUMNS, check_no_clash, completions_schema, to_batch
 from tests.write.completion_cases import CARRIED, SCHEMA, outcomes_of, sample
 
 

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchpipe.errors import OutputError
-from batchpipe.write import CompletionWriter, commit, durable, writer
+from batchpipe.write import commit, durable, writer
+from batchpipe.write.writer import CompletionWriter
 from tests.write.completion_cases import (
     Died,
     fail_at,
