@@ -1,1 +1,7 @@
-"""Reading the input: files to rows, rows to prompts, prompts to requests. One bad row never ends the reading."""
+"""Reading the input: files to rows, rows to prompts, prompts to requests. One bad row never ends the reading.
+
+`files` finds the input's files and fingerprints them; `formats` holds one reader per format, each of which gives
+batches in the terms of `columns`; `source` makes one stream of rows with ids (`duplicates` finds repeated ones).
+`content` takes a row's text or messages, `render` writes the prompt with the chat template (`frame` saves running it
+for each row), and `tokenize` makes requests of rows. `ahead` runs all this in a thread beside the engine.
+"""

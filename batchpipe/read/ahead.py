@@ -1,23 +1,26 @@
-"""Reading ahead: an iterator runs in a thread of its own, so that whoever takes from it seldom waits."""
+"""Reading ahead: an iterator runs in a background thread, so that its consumer seldom waits for a row."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 
-CHUNK_ROWS = 64  # are handed over at a time
+CHUNK_ROWS = 64  # rows that the thread hands over at a time
+JOIN_SECONDS = 5.0  # how long `close` waits for the thread
+
+logger = logging.getLogger(__name__)
 
 
 class Ahead(Generic[T]):
-    """What `iterator` gives, up to `capacity_rows` (and one chunk) ahead of its consumer, in order.
+    """The items of `iterator` in order, read up to `capacity_rows` and one chunk ahead of the consumer.
 
-    Used in a `with` statement, whose end stops the thread and closes the iterator. An exception of the iterator is
-    raised by `take`, after what came before it.
+    Use it in a `with` statement, whose end stops the thread and closes the iterator. An exception of the iterator is
+    raised by `take`, after the items that came before it.
     """
 
     def __init__(self, iterator: Iterator[T], capacity_rows: int) -> None:
@@ -35,19 +38,17 @@ class Ahead(Generic[T]):
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @property
     def exhausted(self) -> bool:
-        """Nothing is left to take and nothing will come, not even an exception."""
+        """Whether nothing is left to take and nothing will come, not even an exception."""
         with self._changed:
             return self._is_finished and not self._ready and self._error is None
 
     def take(self, max_rows: int, block: bool) -> list[T]:
-        """The next rows, `max_rows` at most. None of them: with `block` the end, without it maybe just not yet."""
+        """The next rows, at most `max_rows`. An empty list means the end with `block`, else perhaps only "not yet"."""
         with self._changed:
             while block and not (self._ready or self._is_finished):
                 self._changed.wait()
@@ -59,11 +60,17 @@ class Ahead(Generic[T]):
             return taken
 
     def close(self) -> None:
-        """Stops reading; what was not taken is dropped."""
+        """Stops reading and drops the rows that were not taken.
+
+        A thread that is blocked inside a read (a network file that does not answer) is left behind after
+        JOIN_SECONDS: it is a daemon thread, so it cannot delay the exit of the process.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(JOIN_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("the input has not answered for %.0f seconds; it is left unread", JOIN_SECONDS)
 
     def _read(self) -> None:
         error: BaseException | None = None
@@ -75,7 +82,7 @@ class Ahead(Generic[T]):
                     full, chunk = chunk, []
                     if not self._hand_over(full):
                         break
-        except BaseException as raised:  # the consumer's to handle: `take` raises it there
+        except BaseException as raised:  # `take` raises it in the consumer's thread
             error = raised
         finally:
             close_iterator = getattr(self._iterator, "close", None)
@@ -88,7 +95,7 @@ class Ahead(Generic[T]):
                 self._changed.notify_all()
 
     def _hand_over(self, chunk: list[T]) -> bool:
-        """Adds the chunk and waits until there is room for the next; False where nobody wants more."""
+        """Adds the chunk and waits until there is room for the next one; False once the consumer has closed."""
         with self._changed:
             self._ready.extend(chunk)
             self._changed.notify_all()

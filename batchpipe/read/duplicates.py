@@ -1,9 +1,9 @@
 """Which ids were seen before, among hundreds of millions, in bounded memory.
 
-Ids are kept as 128-bit hashes. New ones go to a set in memory; when it is full it becomes a sorted run in an unnamed
-temporary file, memory-mapped. A run is merged with its neighbour as soon as that is not larger than twice its size, so
-that few runs are searched. Two different ids of one hash would be taken for duplicates: for a billion ids, once in
-10^21 jobs.
+Ids are kept as 128-bit hashes. New ones go to a set in memory; when the set is full it becomes a sorted run in an
+unnamed, memory-mapped temporary file. A run is merged with the one before it unless that is more than twice its size,
+so there are few runs to search (as in a log-structured merge tree). Two different ids with the same hash would be
+taken for duplicates: with a billion ids, this happens in one of 10^21 jobs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-UInt64Array = NDArray[np.uint64]  # a run is [2, n]: high and low halves, sorted by the high ones
+UInt64Array = NDArray[np.uint64]  # a run is [2, n]: first and second halves of the hashes, sorted by the first
 
-RECENT_IDS = 262_144  # about 30 MB
-MERGE_IDS = 1_048_576  # about 50 MB while two runs become one
+RECENT_IDS = 262_144  # size of the set in memory, about 30 MB
+MERGE_IDS = 1_048_576  # ids in memory while two runs are merged, about 50 MB
 
 
 class SeenIds:
-    """Runs are spilled to `folder`, the system's temporary folder if None; the files vanish with the process."""
+    """Runs are spilled to `folder` (None: the system's temporary folder); the files vanish with the process."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -31,7 +31,7 @@ class SeenIds:
         self._runs: list[UInt64Array] = []
 
     def add_batch(self, ids: Sequence[str]) -> list[bool]:
-        """For each id whether it came before, in an earlier batch or earlier in this one."""
+        """For each id, whether it was seen in an earlier batch or earlier in this one."""
         digests = [xxhash.xxh3_128_digest(row_id.encode()) for row_id in ids]
         if not self._runs and len(set(digests)) == len(digests) and self._recent.isdisjoint(digests):
             seen = [False] * len(digests)
@@ -70,7 +70,7 @@ class SeenIds:
         self._runs.append(run)
 
     def _merge(self, older: UInt64Array, newer: UInt64Array) -> UInt64Array:
-        """One sorted run of both, made piece by piece between pivots of the older one."""
+        """Merges two sorted runs, piece by piece between pivots taken from the older one."""
         merged = self._new_run(older.shape[1] + newer.shape[1])
         pivots = older[0, MERGE_IDS // 2 :: MERGE_IDS // 2]
         starts = [0, 0]

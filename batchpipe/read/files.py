@@ -1,14 +1,15 @@
-"""Which files an input path means, in which order, and how they are told apart from changed ones.
+"""The files that an input path names, their order, and fingerprints that show whether a file has changed.
 
-Every path goes through `pyarrow.fs`, so local folders, s3:// and gs:// are one code. The order is that of the job's
-list, and sorted by name inside each of its entries.
+Every path goes through `pyarrow.fs`, so the same code serves local folders, s3:// and gs://. Files have the order of
+the job's list of paths; those that one path of it names are sorted by name.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from pyarrow import fs
 
 from batchpipe.errors import InputError
 
-FINGERPRINT_BYTES = 65_536  # of a file's head, and of its tail
+FINGERPRINT_BYTES = 65_536  # read from the beginning of a file, and from its end
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -34,26 +35,21 @@ class InputFile:
     modified_ns: int | None
 
     def open(self) -> pa.NativeFile:
-        """The bytes as stored, seekable; InputError where they cannot be had."""
-        try:
+        """The bytes as stored, seekable. Raises InputError if the file cannot be opened."""
+        with _file_errors("open", self.path):
             return self.filesystem.open_input_file(self.path)
-        except OSError as error:
-            raise InputError(f"input.path: cannot open {self.path}: {_reason(error)}") from error
 
     def fingerprint(self, name: str) -> bytes:
-        """Hash of name, size, head and tail: the same for a copied file, another for an edited or longer one."""
+        """Hash of name, size, beginning and end: equal for a copy, different for an edited or longer file."""
         digest = xxhash.xxh3_128(f"{name}\0{self.size_bytes}\0".encode())
-        with self.open() as file:
-            try:
-                digest.update(file.read(FINGERPRINT_BYTES))
-                file.seek(max(0, self.size_bytes - FINGERPRINT_BYTES))
-                digest.update(file.read(FINGERPRINT_BYTES))
-            except OSError as error:
-                raise InputError(f"input.path: cannot read {self.path}: {_reason(error)}") from error
+        with self.open() as file, _file_errors("read", self.path):
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, self.size_bytes - FINGERPRINT_BYTES))
+            digest.update(file.read(FINGERPRINT_BYTES))
         return digest.digest()
 
     def check_unchanged(self) -> None:
-        """InputError where the file is not the one that was found at the start."""
+        """Raises InputError if size or time of the file differ from those found at the start."""
         info = self.filesystem.get_file_info(self.path)
         if info.type != fs.FileType.File or (info.size, info.mtime_ns) != (self.size_bytes, self.modified_ns):
             raise InputError(
@@ -63,7 +59,10 @@ class InputFile:
 
 
 def find_files(paths: Iterable[str], exclude: Path | None) -> list[InputFile]:
-    """The files that `paths` mean. `exclude` is the output folder, which the input must not take in."""
+    """The files that `paths` name. `exclude` is the output folder, which the input must not contain.
+
+    Raises InputError if a path names no file, a file is named twice, or one lies in `exclude`.
+    """
     files = [file for path in paths for file in _expand(path, exclude)]
     seen: dict[str, str] = {}
     for file in files:
@@ -81,7 +80,7 @@ def find_files(paths: Iterable[str], exclude: Path | None) -> list[InputFile]:
 
 
 def file_names(files: Sequence[InputFile]) -> list[str]:
-    """What messages and generated row ids call each file: the shortest form that is unique for all."""
+    """The name of each file in messages and generated row ids: the shortest form that is unique for every file."""
     for names in ([PurePosixPath(f.path).name for f in files], [f.relative for f in files]):
         if len(set(names)) == len(names):
             return names
@@ -89,7 +88,7 @@ def file_names(files: Sequence[InputFile]) -> list[str]:
 
 
 def _expand(path: str, exclude: Path | None) -> list[InputFile]:
-    try:
+    with _file_errors("read", path):
         filesystem, literal = _locate(path)
         info = filesystem.get_file_info(literal)
         if info.type == fs.FileType.File:
@@ -105,8 +104,6 @@ def _expand(path: str, exclude: Path | None) -> list[InputFile]:
             found = _match(filesystem, base or "/", segments, base)
         else:
             raise InputError(f"input.path: {path} does not exist")
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"input.path: cannot read {path}: {_reason(error)}") from error
     if not found:
         raise InputError(f"input.path: nothing to read in {path} (names that begin with _ or . are left out)")
     return found
@@ -117,7 +114,7 @@ def _locate(path: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.path.abspath(path)
     wild = _WILDCARD.search(path)
     base, pattern = path, ""
-    if wild is not None:  # a pattern is no URI
+    if wild is not None:  # wildcards are not part of a URI, so only what stands before them is parsed as one
         base, _, pattern = path[: wild.start()].rpartition("/")
         pattern += path[wild.start() :]
     try:
@@ -128,14 +125,14 @@ def _locate(path: str) -> tuple[fs.FileSystem, str]:
 
 
 def _walk(filesystem: fs.FileSystem, folder: str, root: str) -> list[InputFile]:
-    """Every file below `folder`, by name."""
+    """Every file below `folder`, sorted by its path."""
     infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
     files = [_input_file(filesystem, info, root) for info in infos if info.type != fs.FileType.Directory]
     return sorted((file for file in files if not _is_hidden(file.relative)), key=lambda file: file.relative)
 
 
 def _match(filesystem: fs.FileSystem, folder: str, segments: Sequence[str], root: str) -> list[InputFile]:
-    """Files whose path below `folder` matches, segment by segment, and all files of folders that do."""
+    """Files whose path below `folder` matches the pattern `segments`, and all files of folders that match it."""
     segment, *rest = segments
     infos = sorted(filesystem.get_file_info(fs.FileSelector(folder)), key=lambda info: info.base_name)
     infos = [info for info in infos if not _is_hidden(info.base_name)]
@@ -153,7 +150,7 @@ def _match(filesystem: fs.FileSystem, folder: str, segments: Sequence[str], root
 
 
 def _check_leaves_out(exclude: Path | None, path: str, base: str, segments: Sequence[str]) -> None:
-    """InputError where `path` would take in the folder `exclude`, even if that is only made later."""
+    """Raises InputError if `path` would contain the folder `exclude`, even if that does not exist yet."""
     if exclude is None or not exclude.absolute().is_relative_to(base or "/"):
         return
     folders = exclude.absolute().relative_to(base or "/").parts
@@ -175,5 +172,11 @@ def _input_file(filesystem: fs.FileSystem, info: fs.FileInfo, root: str) -> Inpu
     return InputFile(filesystem, info.path, relative, info.size, info.mtime_ns)
 
 
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error).split("\n")[0]
+@contextmanager
+def _file_errors(doing: str, path: str) -> Iterator[None]:
+    """Turns an error of the file system into an InputError that says what was done to which path."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise InputError(f"input.path: cannot {doing} {path}: {reason}") from error

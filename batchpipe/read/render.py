@@ -1,8 +1,8 @@
-"""A row's values to the prompt: its text, or its token ids where the row brings them.
+"""A row's values to the prompt: its text, or its token ids if the row brings token ids.
 
-Prompt column, template or messages become one conversation, and the model's chat template writes it; without one (or
-with `chat_template: none`) the text is the prompt as it stands. Special tokens that a row's text spells out are read as
-such by the tokenizer, exactly as `apply_chat_template(..., tokenize=True)` does.
+Prompt column, template or messages become one conversation, which the model's chat template turns into text; without
+a chat template (or with `chat_template: none`) the text itself is the prompt. The tokenizer reads special tokens that
+a row's text spells out as such, exactly as `apply_chat_template(..., tokenize=True)` does.
 """
 
 from __future__ import annotations
@@ -16,25 +16,17 @@ import jinja2
 from batchpipe.errors import JobError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.model.tokenizer import Tokenizer
-from batchpipe.read.formats.frame import TextFrame, find_text_frame, find_token_frame
-from batchpipe.read.messages import COMMON_ROLES, Message, checked_messages
-from batchpipe.read.template import PromptTemplate
+from batchpipe.read.content import COMMON_ROLES, Message, PromptTemplate, checked_messages
+from batchpipe.read.frame import TextFrame, find_text_frame, find_token_frame
 from batchpipe.types import ErrorCode
 
-# What a template raises when row data does not suit it; anything else is our own mistake.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+# What a template raises if it cannot handle a row's data; any other exception is a mistake of ours.
+_PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_TEMPLATE_ERRORS = (jinja2.TemplateError, *_PYTHON_ERRORS)
 
 
 def needed_columns(spec: InputSpec, sampling_column: str | None) -> frozenset[str]:
-    """The columns that prompts and a row's sampling are made of."""
+    """The columns from which prompts and a row's sampling settings are made."""
     extra = frozenset() if sampling_column is None else frozenset([sampling_column])
     if spec.messages_column is not None:
         return extra | {spec.messages_column}
@@ -44,23 +36,22 @@ def needed_columns(spec: InputSpec, sampling_column: str | None) -> frozenset[st
 
 
 class Renderer:
-    """Makes prompts of rows; JobError where the job asks for what the model's chat template cannot do."""
+    """Turns rows into prompts; JobError if the job asks for what the model's chat template cannot do."""
 
     def __init__(self, spec: InputSpec, tokenizer: Tokenizer) -> None:
         self._spec = spec
         self._tokenizer = tokenizer
         self._template = PromptTemplate(spec.template) if spec.template is not None else None
         self._chat_template = _custom_template(spec.chat_template)
-        self._has_chat = spec.chat_template != "none" and (
-            self._chat_template is not None or tokenizer.has_chat_template
-        )
+        has_template = self._chat_template is not None or tokenizer.has_chat_template
+        self._has_chat = has_template and spec.chat_template != "none"
         if not self._has_chat:
             _check_plain_text_will_do(spec)
         self._text_frame = self._find_frame() if self._has_chat else None
         self._token_frame = find_token_frame(self._text_frame, tokenizer) if self._text_frame else None
 
     def render(self, values: Mapping[str, Any]) -> str | list[int]:
-        """The prompt's text for `encode`, or the token ids that the row gives; RowError where there is no prompt."""
+        """The prompt's text for `encode`, or the token ids that the row brings; RowError if the row has no prompt."""
         if self._spec.messages_column is not None:
             column = self._spec.messages_column
             return self._conversation(checked_messages(values.get(column), column))
@@ -74,7 +65,7 @@ class Renderer:
         return self._conversation([{"role": "user", "content": content}]) if self._has_chat else content
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered `texts`. What a chat template wrote has its special tokens already, plain text not."""
+        """Token ids of rendered `texts`. Special tokens are added only if no chat template has written them already."""
         if self._token_frame is not None:
             return self._token_frame.encode(self._tokenizer, texts)
         return self._tokenizer.encode_batch(texts, add_special_tokens=not self._has_chat)
@@ -92,7 +83,7 @@ class Renderer:
         raise RowError(ErrorCode.WRONG_TYPE, f"column {column!r} holds a {kind}, not text")
 
     def _conversation(self, messages: list[Message]) -> str:
-        """The text the chat template makes of `messages`; it goes on with the last one if that is the assistant's."""
+        """The text that the chat template makes of `messages`; a last message of the assistant is left open."""
         if self._spec.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._spec.system}, *messages]
         try:
@@ -110,7 +101,7 @@ class Renderer:
         return text
 
     def _find_frame(self) -> TextFrame | None:
-        """The text around every prompt, where it is the same for all; checks the chat template on the way."""
+        """The text around every prompt if it is the same for all rows; also checks the chat template."""
 
         def render(content: str) -> str:
             return self._conversation([{"role": "user", "content": content}])
@@ -120,7 +111,7 @@ class Renderer:
             frame = find_text_frame(render, self._tokenizer.special_tokens)
         except RowError as error:
             if has_messages and not isinstance(error.__cause__, jinja2.TemplateSyntaxError):
-                return None  # it may still take the conversations that the rows bring
+                return None  # the template may still accept the conversations that the rows bring
             keys = "input.chat_template" + (", input.system" if self._spec.system is not None else "")
             raise JobError(f"{keys}: no prompt can be written: {error.message}") from error
         return None if has_messages else frame

@@ -1,4 +1,4 @@
-"""The input as one stream of rows with ids, whatever its format. Opening it checks all that can be checked cheaply."""
+"""The input as one stream of rows with ids, whatever its format. Opening it does all checks that need no rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchpipe.errors import InputError
+from batchpipe.errors import InputError, RowError
 from batchpipe.job.spec import InputSpec
-from batchpipe.read.columns import Carry, RawBatch, Reader
+from batchpipe.read.columns import Carry, RawBatch, Reader, Wanted
 from batchpipe.read.duplicates import SeenIds
 from batchpipe.read.files import InputFile, find_files
 from batchpipe.read.formats.hub import HUB_SCHEME, is_saved_dataset, open_hub, open_saved
@@ -25,8 +25,8 @@ _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq":
 class Source:
     """The rows of one input.
 
-    `fingerprint` is the same for a copy of the input and another for a changed one, `carried_schema` the exact types of
-    the carried columns. `rows_seen` counts the rows read, skipped ones included: all of them when `rows` has ended.
+    `fingerprint` is equal for a copy of the input and differs for a changed one; `carried_schema` holds the exact types
+    of the carried columns. `rows_seen` counts the rows read, skipped ones included; once `rows` ends it is the total.
     """
 
     def __init__(self, reader: Reader, limit: int | None) -> None:
@@ -44,13 +44,13 @@ class Source:
         return max(self._reader.progress, min(1.0, self.rows_seen / self._limit))
 
     def num_rows(self) -> int | None:
-        """Rows that `rows` gives when nothing is skipped; None where only reading them would tell."""
+        """The number of rows that `rows` gives if nothing is skipped; None if only reading them would tell."""
         num_rows = self._reader.num_rows()
         return num_rows if num_rows is None or self._limit is None else min(num_rows, self._limit)
 
     def rows(self, skip: Container[int] = frozenset()) -> Iterator[Row | FailedRow]:
         """Every row whose index is not in `skip`, in input order. The ids of skipped rows count as seen."""
-        seen_ids = SeenIds() if self._reader.id_column is not None else None
+        seen_ids = SeenIds()
         self.rows_seen = 0
         for batch in self._reader.batches():
             count = len(batch.rows)
@@ -64,87 +64,81 @@ class Source:
                     continue
                 key = RowKey(index, row_id, Carried(batch.carried, offset))
                 fault = faults.get(offset)
-                yield Row(key, batch.rows[offset]) if fault is None else FailedRow(key, *fault)
+                yield Row(key, batch.rows[offset]) if fault is None else FailedRow(key, fault.code, fault.message)
             if self.rows_seen == self._limit:
                 return
 
-    def _identified(
-        self, batch: RawBatch, count: int, seen_ids: SeenIds | None
-    ) -> tuple[list[str], dict[int, tuple[ErrorCode, str]]]:
-        """Ids of the first `count` rows, and everything that is wrong with them, ids included."""
-        faults = {offset: (fault.code, fault.message) for offset, fault in batch.faults.items()}
-        if seen_ids is None:
-            return [f"{batch.file_name}:{batch.first_row + offset}" for offset in range(count)], faults
+    def _identified(self, batch: RawBatch, count: int, seen_ids: SeenIds) -> tuple[list[str], dict[int, RowError]]:
+        """Ids of the first `count` rows, and the reason why a row fails, wrong ids included, by offset."""
+        faults = dict(batch.faults)
         column = self._reader.id_column
-        assert column is not None
+        if column is None:
+            return [_file_row(batch, offset) for offset in range(count)], faults
         row_ids: list[Any] = [row.get(column) for row in batch.rows[:count]]
-        if not _are_plain(row_ids):
-            for offset, value in enumerate(row_ids):
-                wrong = _why_no_id(value, column)
-                if wrong is None:
-                    row_ids[offset] = str(value)
-                else:
-                    row_ids[offset] = None
-                    faults.setdefault(offset, (ErrorCode.BAD_ID, wrong))
-        given = [offset for offset, row_id in enumerate(row_ids) if row_id is not None]
-        for offset, was_seen in zip(given, seen_ids.add_batch([row_ids[o] for o in given]), strict=True):
+        wrong = (
+            {} if _are_plain(row_ids) else {o: why for o, value in enumerate(row_ids) if (why := _fault(value, column))}
+        )
+        for offset, message in wrong.items():
+            faults.setdefault(offset, RowError(ErrorCode.BAD_ID, message))
+        given = {offset: str(row_id) for offset, row_id in enumerate(row_ids) if offset not in wrong}
+        for (offset, row_id), was_seen in zip(given.items(), seen_ids.add_batch(list(given.values())), strict=True):
             if was_seen:
-                message = f"the id {row_ids[offset]!r} belongs to an earlier row"
-                faults.setdefault(offset, (ErrorCode.DUPLICATE_ID, message))
-        named = [
-            f"{batch.file_name}:{batch.first_row + offset}" if row_id is None else row_id
-            for offset, row_id in enumerate(row_ids)
-        ]
-        return named, faults
+                message = f"the id {row_id!r} belongs to an earlier row"
+                faults.setdefault(offset, RowError(ErrorCode.DUPLICATE_ID, message))
+        return [given.get(offset) or _file_row(batch, offset) for offset in range(count)], faults
 
 
 def open_source(spec: InputSpec, *, carry: Carry, needed: frozenset[str], exclude: Path | None = None) -> Source:
-    """The input of a job. `needed` are the columns that prompts and sampling are made of, `exclude` the output folder.
+    """The input of a job. `needed` are the columns that prompts and sampling use, `exclude` is the output folder.
 
-    Raises InputError for what cannot be read, JobError for columns to carry that are not there or clash with ours.
+    Raises InputError if the input cannot be read, JobError if a column to carry is missing.
     """
-    return Source(_open_reader(spec, carry, needed, exclude), spec.limit)
+    return Source(_open_reader(Wanted(spec, carry, needed), exclude), spec.limit)
 
 
-def _open_reader(spec: InputSpec, carry: Carry, needed: frozenset[str], exclude: Path | None) -> Reader:
+def _open_reader(wanted: Wanted, exclude: Path | None) -> Reader:
+    spec = wanted.spec
     paths = [spec.path] if isinstance(spec.path, str) else list(spec.path)
     for path in paths:
         is_hub = path.startswith(HUB_SCHEME)
         if is_hub or is_saved_dataset(path):
             if len(paths) > 1:
                 raise InputError(f"input.path: {path} is a dataset; it can only be read alone")
-            return (open_hub if is_hub else open_saved)(path, spec, carry, needed)
+            return (open_hub if is_hub else open_saved)(path, wanted)
     files = find_files(paths, exclude)
     kind = spec.format if spec.format != "auto" else _common_format(files)
-    return (JsonlReader if kind == "jsonl" else ParquetReader)(files, spec, carry, needed)
+    return (JsonlReader if kind == "jsonl" else ParquetReader)(files, wanted)
 
 
 def _common_format(files: Sequence[InputFile]) -> str:
-    kinds = {_format_of(file): file for file in files}
+    kinds: dict[str, InputFile] = {}
+    for file in files:
+        name = file.path.lower().removesuffix(".gz").removesuffix(".zst")
+        kind = _FORMATS.get(PurePosixPath(name).suffix)
+        if kind is None:
+            raise InputError(
+                f"input.path: the format of {file.path} cannot be told from its name (known: {', '.join(_FORMATS)}); "
+                "set input.format, or name the input more narrowly"
+            )
+        kinds[kind] = file
     if len(kinds) > 1:
         listed = ", ".join(f"{file.path} is {kind}" for kind, file in sorted(kinds.items()))
         raise InputError(f"input.path: files of several formats ({listed}); read one, such as folder/*.parquet")
     return next(iter(kinds))
 
 
-def _format_of(file: InputFile) -> str:
-    name = file.path.lower().removesuffix(".gz").removesuffix(".zst")
-    kind = _FORMATS.get(PurePosixPath(name).suffix)
-    if kind is None:
-        raise InputError(
-            f"input.path: the format of {file.path} cannot be told from its name (known: {', '.join(_FORMATS)}); "
-            "set input.format, or name the input more narrowly"
-        )
-    return kind
+def _file_row(batch: RawBatch, offset: int) -> str:
+    """The id of a row that brings none."""
+    return f"{batch.file_name}:{batch.first_row + offset}"
 
 
 def _are_plain(row_ids: list[Any]) -> bool:
-    """Whether all are valid texts, told for the whole batch at once."""
+    """Whether all ids are valid texts, tested for the whole batch at once because nearly every batch passes."""
     return set(map(type, row_ids)) == {str} and all(row_ids) and max(map(len, row_ids)) <= MAX_ID_CHARACTERS
 
 
-def _why_no_id(value: Any, column: str) -> str | None:
-    """None for a text or whole number that can be an id, else what is wrong with it."""
+def _fault(value: Any, column: str) -> str | None:
+    """What is wrong with an id; None for a text or whole number that can be one."""
     if value is None:
         return f"the id column {column!r} is missing or null"
     if isinstance(value, bool) or not isinstance(value, str | int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import orjson
@@ -13,7 +13,7 @@ import orjson
 from batchpipe.errors import JobError, RowError
 from batchpipe.job.sampling import Sampling
 from batchpipe.read.render import Renderer
-from batchpipe.types import ErrorCode, FailedRow, Request, Row, RowKey, SamplingParams
+from batchpipe.types import ErrorCode, FailedRow, Request, Row, SamplingParams
 
 BATCH_ROWS = 256
 
@@ -26,45 +26,42 @@ def requests(
     max_context_tokens: int,
     vocabulary_size: int,
 ) -> Iterator[Request | FailedRow]:
-    """Each row as a request, or as a failed row with as many samples as it would have had; in the order of `rows`.
+    """Each row as a request, or as a failed row with the number of samples it would have had; in the order of `rows`.
 
-    Raises JobError where the job's own sampling names tokens that the vocabulary does not have.
+    Raises JobError if the job's own sampling settings name tokens outside the vocabulary.
     """
-    row_sampling = _RowSampling(sampling, vocabulary_size)
-    limits = _Limits(max_context_tokens, vocabulary_size)
+    settings = _RowSampling(sampling, vocabulary_size)
+    for row, prompt in tokenized(rows, renderer):
+        params = settings.job_params
+        if isinstance(row, FailedRow):
+            yield row if params.n == 1 else replace(row, num_samples=params.n)
+            continue
+        try:
+            params = settings.of(row.values)
+            if isinstance(prompt, RowError):
+                raise prompt
+            _check_prompt(prompt, max_context_tokens, vocabulary_size)
+        except RowError as error:
+            yield FailedRow(row.key, error.code, error.message, params.n)
+            continue
+        free_tokens = max_context_tokens - len(prompt)
+        if params.max_tokens > free_tokens:
+            params = replace(params, max_tokens=free_tokens)
+        yield Request(row.key, np.array(prompt, dtype=np.int32), params)
+
+
+def tokenized(
+    rows: Iterator[Row | FailedRow], renderer: Renderer
+) -> Iterator[tuple[Row | FailedRow, list[int] | RowError]]:
+    """Each row with its prompt's token ids, or the reason why it has none; [] for a failed row.
+
+    The texts of BATCH_ROWS rows are encoded at once.
+    """
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        prompts = [_prompt(row, renderer) for row in batch]
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encoded = iter(renderer.encode(texts))
+        prompts = [[] if isinstance(row, FailedRow) else _rendered(row.values, renderer) for row in batch]
+        encoded = iter(renderer.encode([prompt for prompt in prompts if isinstance(prompt, str)]))
         for row, prompt in zip(batch, prompts, strict=True):
-            token_ids = next(encoded) if isinstance(prompt, str) else prompt
-            yield _request(row, token_ids, row_sampling, limits)
-
-
-class _Limits:
-    """What a prompt must keep to, and how much of the context it leaves."""
-
-    def __init__(self, max_context_tokens: int, vocabulary_size: int) -> None:
-        self._max_context_tokens = max_context_tokens
-        self._vocabulary_size = vocabulary_size
-
-    def check(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise RowError(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens")
-        if len(token_ids) >= self._max_context_tokens:
-            message = (
-                f"the prompt has {len(token_ids):,} tokens; the model's context of {self._max_context_tokens:,} "
-                f"leaves room for at most {self._max_context_tokens - 1:,}"
-            )
-            raise RowError(ErrorCode.PROMPT_TOO_LONG, message)
-        if min(token_ids) < 0 or max(token_ids) >= self._vocabulary_size:
-            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self._vocabulary_size)
-            message = f"token id {wrong} of the prompt is outside the vocabulary of {self._vocabulary_size:,}"
-            raise RowError(ErrorCode.INVALID_TOKEN, message)
-
-    def cut(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        room_tokens = self._max_context_tokens - num_prompt_tokens
-        return params if params.max_tokens <= room_tokens else replace(params, max_tokens=room_tokens)
+            yield row, next(encoded) if isinstance(prompt, str) else prompt
 
 
 class _RowSampling:
@@ -88,52 +85,43 @@ class _RowSampling:
             try:
                 given = orjson.loads(given)
             except orjson.JSONDecodeError as error:
-                message = f"column {column!r} is not valid JSON: {error}"
-                raise RowError(ErrorCode.INVALID_SAMPLING, message) from error
+                _refuse(f"column {column!r} is not valid JSON: {error}", error)
         if not isinstance(given, dict):
-            message = f"column {column!r} holds a {type(given).__name__}, not an object of sampling settings"
-            raise RowError(ErrorCode.INVALID_SAMPLING, message)
+            _refuse(f"column {column!r} holds a {type(given).__name__}, not an object of sampling settings")
         params = self._sampling.override(given).params()
         self._check(params)
         return params
 
     def _check(self, params: SamplingParams) -> None:
         for key, token_ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            wrong = [token_id for token_id in token_ids if not 0 <= token_id < self._vocabulary_size]
-            if wrong:
-                message = f"{key}: token id {wrong[0]} is outside the vocabulary of {self._vocabulary_size:,}"
-                raise RowError(ErrorCode.INVALID_SAMPLING, message)
+            for token_id in token_ids:
+                if not 0 <= token_id < self._vocabulary_size:
+                    _refuse(f"{key}: token id {token_id} is outside the vocabulary of {self._vocabulary_size:,}")
         if params.logprobs > self._vocabulary_size:
-            message = f"logprobs: {params.logprobs} is more than the vocabulary's {self._vocabulary_size:,} tokens"
-            raise RowError(ErrorCode.INVALID_SAMPLING, message)
+            _refuse(f"logprobs: {params.logprobs} is more than the vocabulary's {self._vocabulary_size:,} tokens")
 
 
-def _prompt(row: Row | FailedRow, renderer: Renderer) -> str | list[int] | RowError | None:
-    if isinstance(row, FailedRow):
-        return None
+def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
+    raise RowError(ErrorCode.INVALID_SAMPLING, message) from cause
+
+
+def _rendered(values: Mapping[str, Any], renderer: Renderer) -> str | list[int] | RowError:
     try:
-        return renderer.render(row.values)
+        return renderer.render(values)
     except RowError as error:
         return error
 
 
-def _request(
-    row: Row | FailedRow, prompt: list[int] | RowError | None, row_sampling: _RowSampling, limits: _Limits
-) -> Request | FailedRow:
-    params = row_sampling.job_params
-    if isinstance(row, FailedRow):
-        return row if params.n == 1 else replace(row, num_samples=params.n)
-    try:
-        params = row_sampling.of(row.values)
-        if isinstance(prompt, RowError):
-            raise prompt
-        assert prompt is not None
-        limits.check(prompt)
-    except RowError as error:
-        return _failed(row.key, error, params.n)
-    token_ids = np.array(prompt, dtype=np.int32)
-    return Request(row.key, token_ids, limits.cut(params, len(token_ids)))
-
-
-def _failed(key: RowKey, error: RowError, num_samples: int) -> FailedRow:
-    return FailedRow(key, error.code, error.message, num_samples)
+def _check_prompt(token_ids: list[int], max_context_tokens: int, vocabulary_size: int) -> None:
+    if not token_ids:
+        raise RowError(ErrorCode.EMPTY_PROMPT, "the prompt has no tokens")
+    if len(token_ids) >= max_context_tokens:
+        message = (
+            f"the prompt has {len(token_ids):,} tokens; the model's context of {max_context_tokens:,} "
+            f"leaves room for at most {max_context_tokens - 1:,}"
+        )
+        raise RowError(ErrorCode.PROMPT_TOO_LONG, message)
+    if min(token_ids) < 0 or max(token_ids) >= vocabulary_size:
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocabulary_size)
+        message = f"token id {wrong} of the prompt is outside the vocabulary of {vocabulary_size:,}"
+        raise RowError(ErrorCode.INVALID_TOKEN, message)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from batchpipe.errors import InputError
+from batchpipe.read import ahead as ahead_module
 from batchpipe.read.ahead import CHUNK_ROWS, Ahead
 
 
@@ -90,4 +91,23 @@ def test_leaving_early_ends_thread_and_iterator() -> None:
         ahead.take(1, block=True)
         raise KeyError
     assert closed.is_set()
+    assert not ahead._thread.is_alive()
+
+
+def test_a_read_that_does_not_answer_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ahead_module, "JOIN_SECONDS", 0.01)
+    answer = threading.Event()
+
+    def rows() -> Iterator[int]:
+        answer.wait(10)
+        yield 1
+
+    with Ahead(rows(), 10) as ahead:
+        pass
+    assert ahead._thread.is_alive() and ahead._thread.daemon
+    assert "left unread" in caplog.text
+    answer.set()
+    ahead._thread.join(10)
     assert not ahead._thread.is_alive()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from batchpipe.errors import JobError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
-from batchpipe.read.formats.frame import PROBES
+from batchpipe.read.frame import PROBES
 from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.types import ErrorCode
 from tests.tiny_tokenizer import CHAT_TEMPLATE, build_tiny_tokenizer

@@ -1,7 +1,7 @@
-"""Hugging Face `datasets`: a folder written by `save_to_disk`, and names on the hub, streamed.
+"""Hugging Face `datasets`: a folder written by `save_to_disk`, or a dataset of the hub, which is streamed.
 
-`hf://NAME/SPLIT`, `hf://ORGANISATION/NAME/SPLIT` or `hf://ORGANISATION/NAME/CONFIG/SPLIT`; always the revision that was
-the newest when the input was opened.
+The address of the latter is `hf://NAME/SPLIT`, `hf://ORGANISATION/NAME/SPLIT` or
+`hf://ORGANISATION/NAME/CONFIG/SPLIT`; it is read at the revision that is the newest when the input is opened.
 """
 
 from __future__ import annotations
@@ -15,17 +15,8 @@ import pyarrow as pa
 import xxhash
 
 from batchpipe.errors import InputError
-from batchpipe.job.spec import InputSpec
-from batchpipe.read.columns import (
-    BATCH_ROWS,
-    Carry,
-    RawBatch,
-    check_arrow_columns,
-    check_present,
-    choose_carried,
-    choose_id_column,
-)
-from batchpipe.read.formats.parquet import raw_batch
+from batchpipe.read.columns import BATCH_ROWS, RawBatch, Wanted
+from batchpipe.read.formats.arrow import ArrowColumns
 
 HUB_SCHEME = "hf://"
 
@@ -33,27 +24,16 @@ HUB_SCHEME = "hf://"
 class DatasetReader:
     """A `Reader` of one split of a `datasets` dataset, stored or streamed."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        name: str,
-        fingerprint: str,
-        num_rows: int | None,
-        spec: InputSpec,
-        carry: Carry,
-        needed: frozenset[str],
-    ) -> None:
+    def __init__(self, dataset: Any, name: str, fingerprint: str, num_rows: int | None, wanted: Wanted) -> None:
         self._dataset = dataset.with_format("arrow")
         self._name = name
         self._num_rows = num_rows
         self._rows_read = 0
         self.fingerprint = fingerprint
         schema = dataset.features.arrow_schema.remove_metadata()
-        self.id_column = choose_id_column(spec, schema.names)
-        self._needed = sorted(needed if self.id_column is None else needed | {self.id_column})
-        check_present(self._needed, schema.names, name)
-        check_arrow_columns(schema, spec, self.id_column, name)
-        self.carried_schema = pa.schema([schema.field(column) for column in choose_carried(carry, schema.names)])
+        self._columns = ArrowColumns.choose(schema, wanted, name)
+        self.id_column = self._columns.id_column
+        self.carried_schema = self._columns.carried_schema
 
     @property
     def progress(self) -> float:
@@ -66,19 +46,19 @@ class DatasetReader:
         self._rows_read = 0
         for table in self._dataset.iter(batch_size=BATCH_ROWS):
             for batch in table.to_batches():
-                yield raw_batch(batch, self._name, self._rows_read + 1, self._needed, self.carried_schema)
+                yield self._columns.raw_batch(batch, self._name, self._rows_read + 1)
                 self._rows_read += batch.num_rows
 
 
 def is_saved_dataset(path: str) -> bool:
-    """Whether `path` is a folder that `save_to_disk` wrote; InputError where it holds several splits."""
+    """Whether `path` is a folder that `save_to_disk` wrote; InputError if it holds several splits."""
     if os.path.isfile(f"{path}/dataset_dict.json"):
         splits = sorted(state.parent.name for state in Path(path).glob("*/state.json"))
         raise InputError(f"input.path: {path} holds several splits; name one of them: {path}/{'|'.join(splits)}")
     return os.path.isfile(f"{path}/state.json") and os.path.isfile(f"{path}/dataset_info.json")
 
 
-def open_saved(path: str, spec: InputSpec, carry: Carry, needed: frozenset[str]) -> DatasetReader:
+def open_saved(path: str, wanted: Wanted) -> DatasetReader:
     from datasets import load_from_disk
 
     try:
@@ -90,12 +70,11 @@ def open_saved(path: str, spec: InputSpec, carry: Carry, needed: frozenset[str])
         if file.is_file():
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
     digest.update((Path(path) / "state.json").read_bytes())  # holds the dataset's own hash of its content
-    name = Path(path).name
-    return DatasetReader(dataset, name, digest.hexdigest(), dataset.num_rows, spec, carry, needed)
+    return DatasetReader(dataset, Path(path).name, digest.hexdigest(), dataset.num_rows, wanted)
 
 
-def open_hub(address: str, spec: InputSpec, carry: Carry, needed: frozenset[str]) -> DatasetReader:
-    """InputError where the address names no dataset, or the hub cannot be reached."""
+def open_hub(address: str, wanted: Wanted) -> DatasetReader:
+    """Raises InputError if the address names no dataset, or the hub cannot be reached."""
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
@@ -115,4 +94,4 @@ def open_hub(address: str, spec: InputSpec, carry: Carry, needed: frozenset[str]
     fingerprint = xxhash.xxh3_128_hexdigest(f"{name}\0{config}\0{split}\0{revision}".encode())
     known = (dataset.info.splits or {}).get(split)
     num_rows = known.num_examples if known is not None else None
-    return DatasetReader(dataset, address, fingerprint, num_rows, spec, carry, needed)
+    return DatasetReader(dataset, address, fingerprint, num_rows, wanted)

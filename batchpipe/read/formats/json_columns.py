@@ -1,7 +1,7 @@
-"""The Arrow types of a JSONL file's columns: fixed from its first rows, then kept to.
+"""The Arrow types of a JSONL input's columns, chosen from its first rows and fixed from then on.
 
-A column of one kind of value is bool, int64, double or string; lists, objects and mixed kinds become JSON text. Where
-all values seen were null the column is text: strings as they are, anything else as JSON.
+A column with one kind of value is bool, int64, double or string; lists, objects and mixed kinds become JSON text. If
+all values of the first rows are null the column is text: strings are kept, other values become JSON.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _ACCEPTED: dict[pa.DataType, set[type]] = {
 
 @dataclass(frozen=True, slots=True)
 class JsonColumn:
-    """One column and the Python types its values may have; None: any, written as JSON text."""
+    """One column, and the Python types that its values may have; None allows any value, written as JSON text."""
 
     name: str
     arrow_type: pa.DataType
     accepted: frozenset[type] | None
-    keeps_strings: bool = False  # with `accepted` None: a string stays as it is
+    keeps_strings: bool = False  # if `accepted` is None: strings are not written as JSON
 
     def array(self, values: Sequence[Any]) -> tuple[pa.Array, dict[int, RowError]]:
-        """The values as an array, and for each that does not fit, null there and its fault by position."""
+        """The values as an array [N], with null for a value of another type, whose fault is given by position."""
         if self.accepted is None:
             return pa.array([self._as_text(value) for value in values], self.arrow_type), {}
         if set(map(type, values)) <= self.accepted | {type(None)}:
             try:
                 return pa.array(values, self.arrow_type), {}
             except (OverflowError, pa.ArrowInvalid):
-                pass  # a number out of range, to be found below
+                pass  # a number is out of range; the code below finds which
         faults = {
             position: RowError(
                 ErrorCode.WRONG_TYPE,
@@ -62,7 +62,7 @@ class JsonColumn:
 
 
 def infer_columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[JsonColumn]:
-    """The columns `names` as `rows` show them."""
+    """The columns `names`, with types that fit all of `rows`."""
     return [_infer(name, [value for row in rows if (value := row.get(name)) is not None]) for name in names]
 
 

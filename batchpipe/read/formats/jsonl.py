@@ -1,8 +1,8 @@
-"""JSON Lines: one object a line, strictly; a line that is not one is a failed row.
+"""JSON Lines: each line must be one JSON object; any other line is a failed row.
 
-The columns are those of the first `SAMPLE_ROWS` rows. One that appears later is readable by a template or as a prompt,
-but is not carried to the output. Of a key given twice in one line, JSON readers keep one or the other: for the id and
-the columns a prompt is made of the line fails, for other columns the last one counts.
+The columns are those of the first `SAMPLE_ROWS` rows. A column that appears only later can be used by a template or as
+a prompt, but is not carried to the output. If a line holds a key twice, JSON readers disagree on which value counts:
+the line fails if the key is the id's or one that prompts need, else the last value counts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import pyarrow as pa
 import xxhash
 
 from batchpipe.errors import RowError
-from batchpipe.job.spec import InputSpec
-from batchpipe.read.columns import Carry, RawBatch, check_present, choose_carried, choose_id_column
+from batchpipe.read.columns import RawBatch, Wanted, check_present
 from batchpipe.read.files import InputFile, file_names
-from batchpipe.read.formats.json_columns import JsonColumn, infer_columns
-from batchpipe.read.formats.json_rows import JsonRow, parse_lines
-from batchpipe.read.formats.lines import LineFile, open_lines
+from batchpipe.read.formats.json_columns import infer_columns
+from batchpipe.read.formats.json_lines import JsonRow, LineFile, open_lines, parse_lines
 
 SAMPLE_ROWS = 1_000
 
@@ -26,24 +24,23 @@ SAMPLE_ROWS = 1_000
 class JsonlReader:
     """A `Reader` of JSONL files, in their order."""
 
-    def __init__(self, files: Sequence[InputFile], spec: InputSpec, carry: Carry, needed: frozenset[str]) -> None:
+    def __init__(self, files: Sequence[InputFile], wanted: Wanted) -> None:
         self._files = list(zip(files, file_names(files), strict=True))
-        self._max_line_bytes = spec.max_line_bytes
+        self._max_line_bytes = wanted.spec.max_line_bytes
         self._total_bytes = sum(file.size_bytes for file in files)
         self._consumed_bytes = 0
         self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(file.fingerprint(name) for file, name in self._files))
         for file in files:
-            with open_lines(file):  # checks its head
+            with open_lines(file):  # opening checks the first bytes
                 pass
         sample = self._sample()
         available = list(dict.fromkeys(name for row in sample for name in row))
-        self.id_column = choose_id_column(spec, available)
-        self._once = needed if self.id_column is None else needed | {self.id_column}
+        self.id_column = wanted.id_column(available)
+        self._once = wanted.used(self.id_column)
         if sample:
             where = f"the input (first {len(sample):,} rows of {self._files[0][1]})"
-            check_present(sorted(self._once), available, where)
-        carried = choose_carried(carry, available) if sample else []
-        self._columns: list[JsonColumn] = infer_columns(sample, carried)
+            check_present(self._once, available, where)
+        self._columns = infer_columns(sample, wanted.carried(available) if sample else [])
         self.carried_schema = pa.schema([(column.name, column.arrow_type) for column in self._columns])
 
     @property
@@ -87,7 +84,7 @@ class JsonlReader:
             first_line += len(block)
 
     def _carry(self, rows: Sequence[JsonRow], faults: dict[int, RowError]) -> pa.RecordBatch:
-        """The carried columns of `rows`; a value of another type than its column's is null, and a fault."""
+        """The carried columns of `rows`. A value of another type than its column's becomes null and a fault."""
         arrays = []
         for column in self._columns:
             array, misfits = column.array([row.get(column.name) for row in rows])

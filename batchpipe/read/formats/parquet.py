@@ -1,55 +1,45 @@
-"""Parquet files, in small batches whatever their row groups, with only the columns that are needed."""
+"""Parquet files, read in small batches whatever the size of their row groups, and only the needed columns.
+
+Folder names such as `year=2026/month=3` (Hive partitions) are columns too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from batchpipe.errors import InputError, RowError
-from batchpipe.job.spec import InputSpec
-from batchpipe.read.columns import (
-    BATCH_ROWS,
-    Carry,
-    RawBatch,
-    check_arrow_columns,
-    check_present,
-    choose_carried,
-    choose_id_column,
-)
+from batchpipe.errors import InputError
+from batchpipe.read.columns import BATCH_ROWS, RawBatch, Wanted
 from batchpipe.read.files import InputFile, file_names
-from batchpipe.read.formats.hive import HivePartitions
-from batchpipe.types import ErrorCode
+from batchpipe.read.formats.arrow import ArrowColumns
 
-_READ_BYTES = 1 << 20  # pages are read through a buffer, so that a huge row group is never held whole
+_READ_BYTES = 1 << 20  # pages are read through a buffer of this size, so that a huge row group is never held whole
+_NULL = "__HIVE_DEFAULT_PARTITION__"  # how Hive writes null in the name of a folder
 
 
 class ParquetReader:
     """A `Reader` of Parquet files of one schema, in their order, with the columns of Hive partition folders."""
 
-    def __init__(self, files: Sequence[InputFile], spec: InputSpec, carry: Carry, needed: frozenset[str]) -> None:
+    def __init__(self, files: Sequence[InputFile], wanted: Wanted) -> None:
         self._files = list(zip(files, file_names(files), strict=True))
         self._partitions = HivePartitions(files)
         self._num_rows = 0
         self._rows_read = 0
         schema = self._checked_schema(files[0])
-        self.id_column = choose_id_column(spec, schema.names)
-        ids = set() if self.id_column is None else {self.id_column}
-        self._needed = sorted(needed | ids)
-        check_present(self._needed, schema.names, files[0].path)
-        check_arrow_columns(schema, spec, self.id_column, files[0].path)
-        carried = choose_carried(carry, schema.names)
-        self.carried_schema = pa.schema([schema.field(name) for name in carried])
-        self._columns = sorted({*self._needed, *carried} - set(self._partitions.schema.names))
-        used = {name: schema.field(name).type for name in {*self._needed, *carried}}
-        if carry == "all":
-            used = {field.name: field.type for field in schema}
+        self._columns = ArrowColumns.choose(schema, wanted, files[0].path)
+        self.id_column = self._columns.id_column
+        self.carried_schema = self._columns.carried_schema
+        names = {*self._columns.needed, *self.carried_schema.names}
+        self._stored = sorted(names - set(self._partitions.schema.names))
+        exactly = wanted.carry == "all"
+        used = {name: schema.field(name).type for name in (schema.names if exactly else names)}
         for file in files:
-            self._check_same(file, used, exactly=carry == "all", first=files[0])
+            self._check_same(file, used, exactly, first=files[0])
         self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(file.fingerprint(name) for file, name in self._files))
 
     @property
@@ -64,15 +54,15 @@ class ParquetReader:
         for file, name in self._files:
             first_row = 1
             with _open_parquet(file) as parquet:
-                for read in parquet.iter_batches(BATCH_ROWS, columns=self._columns, use_threads=False):
+                for read in parquet.iter_batches(BATCH_ROWS, columns=self._stored, use_threads=False):
                     batch = self._partitions.add_to(read, file)
-                    yield raw_batch(batch, name, first_row, self._needed, self.carried_schema)
+                    yield self._columns.raw_batch(batch, name, first_row)
                     first_row += batch.num_rows
                     self._rows_read += batch.num_rows
             file.check_unchanged()
 
     def _checked_schema(self, file: InputFile) -> pa.Schema:
-        """The file's columns and the partitions' after them."""
+        """The file's own columns, followed by those of its partition folders."""
         with _open_parquet(file) as parquet:
             schema = parquet.schema_arrow.remove_metadata()
         for column in self._partitions.schema:
@@ -83,7 +73,8 @@ class ParquetReader:
             schema = schema.append(column)
         return schema
 
-    def _check_same(self, file: InputFile, used: Mapping[str, pa.DataType], *, exactly: bool, first: InputFile) -> None:
+    def _check_same(self, file: InputFile, used: Mapping[str, pa.DataType], exactly: bool, first: InputFile) -> None:
+        """Checks that `file` has the columns `used`, and with `exactly` no others; adds its rows to the count."""
         schema = self._checked_schema(file)
         missing = set(used) - set(schema.names)
         extra = set(schema.names) - set(used) if exactly else set()
@@ -102,36 +93,9 @@ class ParquetReader:
             _check_codecs(parquet.metadata, file)
 
 
-def raw_batch(
-    batch: pa.RecordBatch, file_name: str, first_row: int, needed: Sequence[str], carried_schema: pa.Schema
-) -> RawBatch:
-    """`batch` parted into the values that are needed and the carried columns."""
-    rows, faults = _python_rows(batch.select(needed))
-    carried = batch.select(carried_schema.names).cast(carried_schema)
-    return RawBatch(file_name, first_row, rows, carried, faults)
-
-
-def _python_rows(batch: pa.RecordBatch) -> tuple[list[dict[str, Any]], dict[int, RowError]]:
-    try:
-        return batch.to_pylist(), {}
-    except ValueError:  # a value that Python cannot hold, such as text that is not UTF-8: find its row
-        rows: list[dict[str, Any]] = []
-        faults: dict[int, RowError] = {}
-        for offset in range(batch.num_rows):
-            try:
-                rows += batch.slice(offset, 1).to_pylist()
-            except ValueError as error:
-                is_text = isinstance(error, UnicodeDecodeError)
-                code = ErrorCode.INVALID_UTF8 if is_text else ErrorCode.WRONG_TYPE
-                reason = "text that is not valid UTF-8" if is_text else str(error)
-                faults[offset] = RowError(code, f"a value of the row cannot be read: {reason}")
-                rows.append({})
-        return rows, faults
-
-
 @contextmanager
 def _open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
-    """What pyarrow says against the file, on opening or reading it, as InputError."""
+    """Turns pyarrow's errors, on opening the file or reading it, into InputError."""
     with file.open() as source:
         try:
             with pq.ParquetFile(source, buffer_size=_READ_BYTES, pre_buffer=False) as parquet:
@@ -148,3 +112,43 @@ def _check_codecs(metadata: pq.FileMetaData, file: InputFile) -> None:
     for codec in {group.column(position).compression.lower() for position in range(group.num_columns)}:
         if codec != "uncompressed" and not pa.Codec.is_available(codec):
             raise InputError(f"input.path: {file.path} is compressed with {codec}, which cannot be read here")
+
+
+class HivePartitions:
+    """The partition columns of a set of files: int64 if all values are whole numbers, else text."""
+
+    def __init__(self, files: Sequence[InputFile]) -> None:
+        self._texts = {file.path: _folder_values(file) for file in files}
+        names = list(self._texts[files[0].path])
+        for path, texts in self._texts.items():
+            if list(texts) != names:
+                raise InputError(
+                    f"input.path: {path} lies in partition folders {list(texts)}, {files[0].path} in {names}"
+                )
+        self.schema = pa.schema([(name, _type_of([texts[name] for texts in self._texts.values()])) for name in names])
+
+    def add_to(self, batch: pa.RecordBatch, file: InputFile) -> pa.RecordBatch:
+        """`batch` with the file's partition values as further columns."""
+        for column in self.schema:
+            text = self._texts[file.path][column.name]
+            value = int(text) if text is not None and pa.types.is_int64(column.type) else text
+            values = pa.repeat(pa.scalar(value, column.type), batch.num_rows)
+            batch = batch.append_column(column, values)
+        return batch
+
+
+def _folder_values(file: InputFile) -> dict[str, str | None]:
+    pairs = [folder.partition("=") for folder in file.relative.split("/")[:-1] if "=" in folder]
+    return {name: None if text == _NULL else unquote(text) for name, _, text in pairs}
+
+
+def _type_of(texts: Sequence[str | None]) -> pa.DataType:
+    given = [text for text in texts if text is not None]
+    is_whole = bool(given) and all(_is_plain_int64(text) for text in given)
+    return pa.int64() if is_whole else pa.string()
+
+
+def _is_plain_int64(text: str) -> bool:
+    """Whether an int64 is written exactly so, so that no information is lost by converting it (007 would lose some)."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and str(int(text)) == text and abs(int(text)) < 2**63

@@ -1,9 +1,9 @@
-"""What of every prompt is the same: found once, so that a chat template need not run for each row.
+"""The part of a rendered prompt that is the same for every row, found once so that the chat template runs seldom.
 
     text frame     <|im_start|>user\\n | content | <|im_end|>\\n<|im_start|>assistant\\n
     token frame    <|im_start|>        | user\\n + content | <|im_end|>\\n<|im_start|>assistant\\n
 
-A frame is only used where it gave the same as the slow way for every text of `PROBES`.
+A frame is used only if it gives the same result as the chat template for every text of `PROBES`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class TextFrame:
-    """A chat template with one user message is `prefix + content + suffix`, where content may be stripped first."""
+    """The chat template turns one user message into `prefix + content + suffix`; it may strip the content first."""
 
     prefix: str
     suffix: str
@@ -46,7 +46,7 @@ class TextFrame:
 
 
 def find_text_frame(render: Callable[[str], str], special_tokens: Sequence[str]) -> TextFrame | None:
-    """The frame of `render`, or None where no constant text around the content makes the same of every probe."""
+    """The frame of `render`, or None if no constant text around the content reproduces every rendered probe."""
     pieces = render(_MARK).split(_MARK)
     if len(pieces) != 2:
         return None
@@ -61,7 +61,7 @@ def find_text_frame(render: Callable[[str], str], special_tokens: Sequence[str])
 
 @dataclass(frozen=True, slots=True)
 class TokenFrame:
-    """Tokens of a text frame that do not depend on the content: those outside its innermost special tokens."""
+    """The tokens of a text frame that cannot depend on the content: its special tokens and those outside them."""
 
     prefix_characters: int
     prefix_token_ids: list[int]
@@ -69,7 +69,7 @@ class TokenFrame:
     suffix_token_ids: list[int]
 
     def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of framed `texts`."""
+        """Token ids of `texts`, each of which is a content inside the text frame."""
         start = self.prefix_characters
         inner = [text[start : len(text) - self.suffix_characters] for text in texts]
         encoded = tokenizer.encode_batch(inner, add_special_tokens=False)
@@ -77,7 +77,7 @@ class TokenFrame:
 
 
 def find_token_frame(frame: TextFrame, tokenizer: Tokenizer) -> TokenFrame | None:
-    """The token frame inside `frame`, or None where cutting there would change the tokens of a probe."""
+    """The token frame of `frame`, or None if encoding the content apart would change the tokens of a probe."""
     prefix = tokenizer.encode_with_spans(frame.prefix)
     suffix = tokenizer.encode_with_spans(frame.suffix)
     if prefix is None or suffix is None:
@@ -88,12 +88,8 @@ def find_token_frame(frame: TextFrame, tokenizer: Tokenizer) -> TokenFrame | Non
     if not prefix_cuts or not suffix_cuts:
         return None
     last, first = prefix_cuts[-1], suffix_cuts[0]
-    found = TokenFrame(
-        prefix[1][last][1],
-        prefix[0][: last + 1],
-        len(frame.suffix) - suffix[1][first][0],
-        suffix[0][first:],
-    )
+    suffix_characters = len(frame.suffix) - suffix[1][first][0]
+    found = TokenFrame(prefix[1][last][1], prefix[0][: last + 1], suffix_characters, suffix[0][first:])
     texts = [frame.around(probe) for probe in (*PROBES, *tokenizer.special_tokens)]
     same = found.encode(tokenizer, texts) == tokenizer.encode_batch(texts, add_special_tokens=False)
     return found if same else None

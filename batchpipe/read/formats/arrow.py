@@ -1,0 +1,99 @@
+"""What Parquet files and `datasets` share: both bring Arrow batches with a schema that is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import types
+
+from batchpipe.errors import InputError, RowError
+from batchpipe.job.spec import InputSpec
+from batchpipe.read.columns import RawBatch, Wanted, check_present
+from batchpipe.types import ErrorCode
+
+_TEXTS = (types.is_string, types.is_large_string, types.is_string_view)
+_LISTS = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowColumns:
+    """The columns of an Arrow input that are used: the ids', those that prompts need, those carried to the output."""
+
+    id_column: str | None
+    needed: list[str]  # sorted, the id column included
+    carried_schema: pa.Schema
+
+    @classmethod
+    def choose(cls, schema: pa.Schema, wanted: Wanted, where: str) -> ArrowColumns:
+        """Raises InputError or JobError, naming the input `where`, if a column is missing or has an unusable type."""
+        id_column = wanted.id_column(schema.names)
+        check_present(wanted.used(id_column), schema.names, where)
+        _check_types(schema, wanted.spec, id_column, where)
+        carried = [schema.field(name) for name in wanted.carried(schema.names)]
+        return cls(id_column, wanted.used(id_column), pa.schema(carried))
+
+    def raw_batch(self, batch: pa.RecordBatch, file_name: str, first_row: int) -> RawBatch:
+        """Splits `batch` into the needed values, as Python objects, and the carried columns."""
+        rows, faults = _python_rows(batch.select(self.needed))
+        carried = batch.select(self.carried_schema.names).cast(self.carried_schema)
+        return RawBatch(file_name, first_row, rows, carried, faults)
+
+
+def _python_rows(batch: pa.RecordBatch) -> tuple[list[dict[str, Any]], dict[int, RowError]]:
+    try:
+        return batch.to_pylist(), {}
+    except ValueError:  # Python cannot hold a value, such as text that is not UTF-8: find its row
+        rows: list[dict[str, Any]] = []
+        faults: dict[int, RowError] = {}
+        for offset in range(batch.num_rows):
+            try:
+                rows += batch.slice(offset, 1).to_pylist()
+            except ValueError as error:
+                is_text = isinstance(error, UnicodeDecodeError)
+                code = ErrorCode.INVALID_UTF8 if is_text else ErrorCode.WRONG_TYPE
+                reason = "text that is not valid UTF-8" if is_text else str(error)
+                faults[offset] = RowError(code, f"a value of the row cannot be read: {reason}")
+                rows.append({})
+        return rows, faults
+
+
+def _check_types(schema: pa.Schema, spec: InputSpec, id_column: str | None, where: str) -> None:
+    """Raises InputError if two columns share a name, or a column has a type that no row of it could be used with."""
+    duplicates = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if duplicates:
+        raise InputError(f"{where} has more than one column {duplicates[0]!r}")
+    roles = {"id_column": id_column}
+    if spec.messages_column is not None:
+        roles["messages_column"] = spec.messages_column
+    elif spec.template is None:
+        roles["prompt_column"] = spec.prompt_column
+    for key, name in roles.items():
+        if name is None or name not in schema.names:
+            continue
+        arrow_type = schema.field(name).type
+        accepts, wanted = _ACCEPTED[key]
+        if not (accepts(arrow_type) or types.is_null(arrow_type)):
+            raise InputError(f"input.{key}: column {name!r} of {where} is {arrow_type}; it must be {wanted}")
+
+
+def _is_text(arrow_type: pa.DataType) -> bool:
+    if types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    return any(is_kind(arrow_type) for is_kind in _TEXTS)
+
+
+def _is_list_of(arrow_type: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
+    return any(is_kind(arrow_type) for is_kind in _LISTS) and is_item(arrow_type.value_type)
+
+
+_ACCEPTED: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "id_column": (lambda kind: _is_text(kind) or types.is_integer(kind), "text or whole numbers"),
+    "messages_column": (lambda kind: _is_list_of(kind, types.is_struct), "a list of {role, content}"),
+    "prompt_column": (
+        lambda kind: _is_text(kind) or _is_list_of(kind, types.is_integer),
+        "text or a list of token ids",
+    ),
+}
