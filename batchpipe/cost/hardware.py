@@ -15,9 +15,8 @@ from batchpipe.cost.profile_file import load_section
 from batchpipe.errors import JobError
 from batchpipe.job import values as v
 from batchpipe.job.explain import shown
+from batchpipe.job.shipped import shipped_files
 
-_PACKAGE = Path(__file__).parent.parent
-_FOLDERS = (_PACKAGE / "configs" / "hardware", _PACKAGE.parent / "configs" / "hardware")  # of a wheel, of a repository
 _SEVERAL = re.compile(r"([1-9]\d*)x(.+)")
 
 Rates = Annotated[
@@ -99,8 +98,7 @@ class Hardware:
 
 def known_hardware() -> dict[str, Path]:
     """The file of each device that comes with batchpipe, by name in order."""
-    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    return shipped_files("hardware")
 
 
 def load_hardware(name: str) -> Hardware:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from batchpipe.errors import JobError
 from batchpipe.job.explain import explain, shown
-from batchpipe.job.strict_yaml import read_yaml
+from batchpipe.job.strict_yaml import read_yaml_file
 from batchpipe.job.values import Section
 
 S = TypeVar("S", bound=Section)
@@ -18,13 +18,7 @@ S = TypeVar("S", bound=Section)
 
 def load_section(path: Path, section: type[S]) -> S:
     """The checked contents of the file. Raises JobError with a line for each wrong key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise JobError(f"{path}: is not UTF-8 at byte {error.start}") from None
-    data = read_yaml(text, str(path))
+    data = read_yaml_file(path)
     if not isinstance(data, Mapping):
         raise JobError(f"{path}: holds {shown(data)}; it must be a mapping of {', '.join(section.model_fields)}")
     try:

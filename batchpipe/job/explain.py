@@ -1,4 +1,4 @@
-"""Turns pydantic's findings into lines that name the key's path, the value, and what to write instead."""
+"""Turns pydantic's validation errors into lines that name the key's path, the value, and what to write instead."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SHOWN_CHARACTERS = 80
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: YAML's words for null and booleans, and never longer than a line."""
+    """A value as messages quote it: null and booleans are written as in YAML, and long values are cut."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def section_of(model: type[BaseModel], key: object) -> type[BaseModel] | None:
-    """The section that `key` of `model` is, or None where it is a plain value or unknown."""
+    """The section under `key` of `model`, or None if the key is unknown or has a plain value."""
     field = model.model_fields.get(key) if isinstance(key, str) else None
     annotation = field.annotation if field else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
@@ -38,7 +38,7 @@ def unknown_key(section_path: tuple[str, ...], key: object, known: Iterable[str]
 
 
 def key_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key of `model` as a dotted path, sections left out."""
+    """Every key of `model` that is not a section, as a dotted path."""
     paths: list[str] = []
     for key in model.model_fields:
         section = section_of(model, key)
@@ -47,7 +47,7 @@ def key_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]) -> list[str]:
-    """One line for each wrong key of `data`, which `model` refused with `error`."""
+    """One line for each wrong key of `data`, whose validation as `model` raised `error`."""
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         path, line = _line(problem["type"], problem["loc"], problem["msg"], model, data)
@@ -58,7 +58,7 @@ def explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, A
 def _line(
     kind: str, location: tuple[int | str, ...], message: str, model: type[BaseModel], data: Any
 ) -> tuple[str, str]:
-    """The path of the key at `location`, and the sentence on it; a place within a list or mapping is its key's."""
+    """(dotted key, message) of one error. A location inside a list or mapping is reported as the key that holds it."""
     root = model
     path: tuple[str, ...] = ()
     field: FieldInfo | None = None
@@ -78,11 +78,8 @@ def _line(
     dotted = ".".join(path)
     if kind == "related_keys":
         return f"{dotted}: related", f"{dotted}.{message}" if dotted else message
-    words = next((mark.words for mark in field.metadata if isinstance(mark, Expects)), None) if field else None
-    return dotted, f"{dotted}: {shown(data)} is not {words or _words_of(field)}"
-
-
-def _words_of(field: FieldInfo | None) -> str:
-    """What a section or a plain choice takes; every other kind of field carries `Expects`."""
+    # A section and a plain choice carry no `Expects`.
     choices = getattr(field.annotation, "__args__", ()) if field else ()
-    return f"one of {', '.join(map(repr, choices))}" if choices else "a section of keys"
+    default = f"one of {', '.join(map(repr, choices))}" if choices else "a section of keys"
+    words = next((mark.words for mark in field.metadata if isinstance(mark, Expects)), default) if field else default
+    return dotted, f"{dotted}: {shown(data)} is not {words}"

@@ -1,7 +1,8 @@
-"""What makes two jobs the same: the part of the resolved job that changes the output, and nothing of how it is run.
+"""A job's identity: the part of the resolved job that changes the output, and nothing about how it is run.
 
-Left out are `name`, `predict`, `plan`, `engine`, `input.path` (the input's fingerprint speaks for its files,
-wherever they lie), and of `output` all but the columns: a job may be continued on another machine, in other parts.
+The sections `predict`, `plan` and `engine` are left out, and so are `name`, `input.path` (the input's fingerprint
+identifies its files, wherever they are) and all of `output` but `columns`. So a job can be continued on another machine
+and with parts of another size.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _ABSENT = "(none)"
 
 @dataclass(frozen=True)
 class Identity:
-    """`parts` maps dotted keys to plain JSON values, so that it reads back from a file as it was written."""
+    """`parts` maps dotted keys to plain JSON values, so that what is read from a file equals what was written."""
 
     parts: Mapping[str, Any]
 
@@ -34,10 +35,10 @@ class Identity:
 
 
 def identity(job: Job, *, model_revision: str, dtype: str, input_fingerprint: str) -> Identity:
-    """The identity of a loaded `job`, given what its model and input turned out to be.
+    """The identity of a loaded `job` whose model and input have been opened.
 
-    `model_revision` is the commit or content hash of the weights, `dtype` the type that "auto" became.
-    Raises JobError where the file of `input.chat_template` cannot be read.
+    `model_revision` is the commit or content hash of the weights, `dtype` the type that was chosen for "auto".
+    Raises JobError if the file of `input.chat_template` cannot be read.
     """
     sections = job.model_dump(mode="json", include={"model", "input", "sampling"}, exclude={"input": {"path"}})
     sections["output"] = {"columns": job.model_dump(mode="json")["output"]["columns"]}
@@ -50,7 +51,7 @@ def identity(job: Job, *, model_revision: str, dtype: str, input_fingerprint: st
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A line "key: old -> new" for each key at which the parts of two identities differ."""
+    """A line "key: old -> new" for each key whose value differs between the parts of two identities."""
     return [
         f"{key}: {shown(old[key]) if key in old else _ABSENT} -> {shown(new[key]) if key in new else _ABSENT}"
         for key in sorted(old.keys() | new.keys())
@@ -59,7 +60,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _chat_template_mark(chat_template: str) -> str:
-    """The setting itself, or for a file what it holds: its text decides the output, not its place."""
+    """The setting itself, or for a file the hash of its content, because only its content changes the output."""
     if chat_template in ("auto", "none"):
         return chat_template
     try:

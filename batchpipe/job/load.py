@@ -1,4 +1,4 @@
-"""Makes a `Job` of a file, a mapping or another job: reads, fills in the environment, overrides, checks."""
+"""Loading a job: reads the file, fills in environment variables, applies overrides, checks everything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from batchpipe.errors import JobError
 from batchpipe.job.explain import explain, key_paths, section_of, shown, unknown_key
 from batchpipe.job.spec import PREDICT_METHODS, Job
-from batchpipe.job.strict_yaml import read_yaml
+from batchpipe.job.strict_yaml import read_yaml, read_yaml_file
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
@@ -22,12 +22,11 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 def load_job(source: str | Path | Mapping[str, Any] | Job, overrides: Overrides = ()) -> Job:
-    """The checked job of `source`, its local paths absolute.
+    """The checked job of `source`, with absolute local paths.
 
-    `source` is a job file's path, or a mapping or Job as Python holds it. `overrides` go on top:
-    "section.key=<YAML>" strings, or a mapping of dotted keys to values. Relative paths are relative to the
-    job file's folder, or to the working folder where there is no file.
-    Raises JobError with one line for each mistake.
+    `source` is a job file's path, a mapping of the same shape, or a Job. `overrides` replace its keys: strings
+    "section.key=<YAML>", or a mapping of dotted keys to values. Relative paths are relative to the job file's folder,
+    or to the working folder if there is no file. Raises JobError with one line for each mistake.
     """
     mistakes: list[str] = []
     origin, folder = "job", Path.cwd()
@@ -55,13 +54,7 @@ def job_schema() -> dict[str, Any]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise JobError(f"{path}: is not UTF-8 at byte {error.start}") from None
-    data = read_yaml(text, str(path))
+    data = read_yaml_file(path)
     if data is None:
         raise JobError(f"{path}: is empty; a job file needs at least model.name, input.path and output.path")
     if not isinstance(data, Mapping):
@@ -72,7 +65,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _expanded(data: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
     """A copy of `data` in plain dicts, lists and strings, with each `${env:NAME}` replaced by its value.
 
-    A variable that is not set stays as written, and adds a line to `mistakes`.
+    The reference to a variable that is not set stays as it is, and a line is added to `mistakes`.
     """
 
     def expand(value: Any, path: str) -> Any:
@@ -94,7 +87,7 @@ def _expanded(data: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
 
 
 def _override(data: dict[str, Any], overrides: Overrides, mistakes: list[str]) -> None:
-    """Puts each override into `data`, which it changes; one with a key that no job has adds a line to `mistakes`."""
+    """Changes `data` by each override; a key that no job has adds a line to `mistakes`."""
     values = overrides if isinstance(overrides, Mapping) else dict(map(_parsed, overrides))
     for path, value in _expanded(values, mistakes).items():
         if wrong := _wrong_path(path):
@@ -102,7 +95,7 @@ def _override(data: dict[str, Any], overrides: Overrides, mistakes: list[str]) -
             continue
         section, _, key = path.rpartition(".")
         keys = data.setdefault(section, {}) if section else data
-        if isinstance(keys, dict):  # what is no mapping is named when the whole job is checked
+        if isinstance(keys, dict):  # if not, the check of the whole job says so
             keys[key] = value
 
 
@@ -114,7 +107,7 @@ def _parsed(assignment: str) -> tuple[str, Any]:
 
 
 def _wrong_path(path: str) -> str | None:
-    """What is wrong with a dotted key, or None."""
+    """What is wrong with a dotted key; None if a job has it."""
     known = key_paths(Job)
     if path in known:
         return None
@@ -131,22 +124,19 @@ def _wrong_path(path: str) -> str | None:
 
 
 def _with_absolute_paths(job: Job, folder: Path) -> Job:
-    def absolute(path: str) -> str:
-        return path if _ADDRESS.match(path) else os.path.abspath(folder / Path(path).expanduser())
+    def absolute(path: str, words: Sequence[str] = ()) -> str:
+        is_path = path not in words and not _ADDRESS.match(path)
+        return os.path.abspath(folder / Path(path).expanduser()) if is_path else path
 
-    name, chat_template = job.model.name, job.input.chat_template
+    name, chat_template, method = job.model.name, job.input.chat_template, job.predict.method
     is_local_model = name.startswith((".", "/", "~")) or name.endswith(".gguf") or (folder / name).exists()
-    changed_input = {
-        "path": tuple(map(absolute, job.input.path)),
-        "chat_template": chat_template if chat_template in ("auto", "none") else absolute(chat_template),
+    changed = {
+        "model": {"name": absolute(name) if is_local_model else name},
+        "input": {
+            "path": tuple(map(absolute, job.input.path)),
+            "chat_template": absolute(chat_template, ("auto", "none")),
+        },
+        "predict": {"method": absolute(method, PREDICT_METHODS)},
+        "output": {"path": absolute(job.output.path)},
     }
-    method = job.predict.method
-    changed_predict = {"method": method if method in PREDICT_METHODS else absolute(method)}
-    return job.model_copy(
-        update={
-            "predict": job.predict.model_copy(update=changed_predict),
-            "model": job.model.model_copy(update={"name": absolute(name) if is_local_model else name}),
-            "input": job.input.model_copy(update=changed_input),
-            "output": job.output.model_copy(update={"path": absolute(job.output.path)}),
-        }
-    )
+    return job.model_copy(update={key: getattr(job, key).model_copy(update=keys) for key, keys in changed.items()})

@@ -1,11 +1,11 @@
-"""The settings of sampling: the one home of their defaults and checks, for the whole job and for a row's overrides."""
+"""The settings of sampling, with their defaults and checks, for the whole job and for a row's overrides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from batchpipe.errors import RowError
@@ -15,33 +15,30 @@ from batchpipe.types import ErrorCode, SamplingParams
 
 
 class Sampling(v.Section):
-    """How tokens are drawn. Token ids above the vocabulary can only be told once the tokenizer is known."""
+    """How tokens are sampled. Token ids are compared with the vocabulary later, when the tokenizer is known."""
 
-    max_tokens: Annotated[
-        v.Count, Field(description="Tokens a completion may have; cut to what the context leaves.")
-    ] = 256
-    temperature: Annotated[v.PositiveOrZero, Field(description="0 is greedy: the likeliest token, always.")] = 0.0
-    top_p: Annotated[v.PositiveFraction, Field(description="Draw from the likeliest tokens that reach this sum.")] = 1.0
-    top_k: Annotated[v.CountOrZero, Field(description="Draw from this many likeliest tokens; 0 is off.")] = 0
-    min_p: Annotated[v.Fraction, Field(description="Drop tokens less likely than this share of the likeliest.")] = 0.0
+    max_tokens: Annotated[v.Count, v.about("Most tokens of a completion; cut to what the context leaves.")] = 256
+    temperature: Annotated[v.PositiveOrZero, v.about("0 is greedy: the likeliest token, always.")] = 0.0
+    top_p: Annotated[v.PositiveFraction, v.about("Sample from the likeliest tokens that reach this sum.")] = 1.0
+    top_k: Annotated[v.CountOrZero, v.about("Sample from this many likeliest tokens; 0 is off.")] = 0
+    min_p: Annotated[v.Fraction, v.about("Drop tokens less likely than this share of the likeliest.")] = 0.0
     repetition_penalty: Annotated[
-        v.Positive, Field(description="Divides the logits of tokens seen in prompt or completion; 1 is off.")
+        v.Positive, v.about("Divides the logits of tokens seen in prompt or completion; 1 is off.")
     ] = 1.0
-    presence_penalty: Annotated[v.Penalty, Field(description="Taken from logits of tokens generated before.")] = 0.0
-    frequency_penalty: Annotated[v.Penalty, Field(description="Taken once for each time a token was generated.")] = 0.0
-    logit_bias: Annotated[v.LogitBias, Field(description="Added to the logits of these token ids.")] = {}
-    stop: Annotated[v.StopStrings, Field(description="Strings that end a completion and are cut from it.")] = ()
-    stop_token_ids: Annotated[v.TokenIds, Field(description="Token ids that end a completion.")] = ()
-    ignore_eos: Annotated[v.Flag, Field(description="Go on after the model's end token.")] = False
-    min_tokens: Annotated[v.CountOrZero, Field(description="Tokens before anything may end the completion.")] = 0
-    n: Annotated[v.SampleCount, Field(description="Samples of each row.")] = 1
+    presence_penalty: Annotated[v.Penalty, v.about("Taken from logits of tokens generated before.")] = 0.0
+    frequency_penalty: Annotated[v.Penalty, v.about("Taken once for each time a token was generated.")] = 0.0
+    logit_bias: Annotated[v.LogitBias, v.about("Added to the logits of these token ids.")] = {}
+    stop: Annotated[v.StopStrings, v.about("Strings that end a completion and are cut from it.")] = ()
+    stop_token_ids: Annotated[v.TokenIds, v.about("Token ids that end a completion.")] = ()
+    ignore_eos: Annotated[v.Flag, v.about("Go on after the model's end token.")] = False
+    min_tokens: Annotated[v.CountOrZero, v.about("Tokens before anything may end the completion.")] = 0
+    n: Annotated[v.SampleCount, v.about("Samples of each row.")] = 1
     seed: Annotated[
-        v.Seed,
-        Field(description="A row's stream follows from (seed, row id, sample index): batch order never matters."),
+        v.Seed, v.about("A row's stream follows from (seed, row id, sample index): batch order never matters.")
     ] = 0
-    logprobs: Annotated[v.LogprobCount, Field(description="Likeliest tokens to report at each place; 0 is off.")] = 0
+    logprobs: Annotated[v.LogprobCount, v.about("Likeliest tokens to report at each place; 0 is off.")] = 0
     column: Annotated[
-        v.OptionalName, Field(description="Column whose struct or JSON object overrides these settings for its row.")
+        v.OptionalName, v.about("Column whose struct or JSON object overrides these settings for its row.")
     ] = None
 
     @model_validator(mode="after")
@@ -55,7 +52,7 @@ class Sampling(v.Section):
         return self
 
     def override(self, values: Mapping[str, Any]) -> Sampling:
-        """These settings with a row's `values` in place; a null value is one that is not given.
+        """These settings, replaced by those of a row's `values` that are not null.
 
         Raises RowError (INVALID_SAMPLING) naming each wrong key, its value and what it takes.
         """
@@ -70,7 +67,7 @@ class Sampling(v.Section):
             raise RowError(ErrorCode.INVALID_SAMPLING, "; ".join(explain(error, Sampling, merged))) from None
 
     def params(self) -> SamplingParams:
-        """The checked settings as the rest of the program speaks of them."""
+        """The settings as the frozen value that requests carry."""
         return SamplingParams(**{key: self.__dict__[key] for key in _ROW_KEYS})
 
 

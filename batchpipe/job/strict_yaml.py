@@ -1,13 +1,14 @@
-"""Reads a YAML text as YAML 1.2's core types, and refuses what hides a mistake.
+"""Reads YAML with the core types of YAML 1.2, and refuses what could hide a mistake.
 
-PyYAML reads YAML 1.1, where `no` is false, `012` is ten, `1e3` is a string and `1:30` is ninety. Here only true,
-false, null and numbers as people write them are anything but strings; `012` is 12. Duplicate keys, tags, and
-aliases that multiply are errors.
+PyYAML reads YAML 1.1, in which `no` is false, `012` is ten, `1e3` is a string and `1:30` is ninety. Here every plain
+scalar is a string except true, false, null and decimal, hexadecimal (0x) or octal (0o) numbers; `012` is 12. Duplicate
+keys, tags, and aliases that expand to very many values are errors.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
@@ -20,7 +21,7 @@ _MAX_VALUES = 100_000
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """The safe loader with neither YAML 1.1's types nor any tag beyond the core ones; `<<` merges nothing."""
+    """The safe loader without the types of YAML 1.1, without tags beyond the core ones, and without `<<` merging."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     yaml_constructors: ClassVar[dict[str | None, Any]] = {}
@@ -66,8 +67,19 @@ _CoreLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 _CoreLoader.yaml_constructors[None] = yaml.SafeLoader.construct_undefined
 
 
+def read_yaml_file(path: Path) -> Any:
+    """`read_yaml` of a file in UTF-8. Raises JobError that begins with the path."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path}: is not UTF-8 at byte {error.start}") from None
+    return read_yaml(text, str(path))
+
+
 def read_yaml(text: str, origin: str) -> Any:
-    """The one document of `text`, None if it is empty. Raises JobError that begins with `origin` and the line."""
+    """The single document of `text`, or None if it is empty. Raises JobError that begins with `origin` and the line."""
     if len(text) > _MAX_CHARACTERS:
         raise JobError(f"{origin}: has {len(text)} characters; at most {_MAX_CHARACTERS} are read")
     try:
@@ -86,7 +98,7 @@ def read_yaml(text: str, origin: str) -> Any:
 
 
 def _refuse_multiplication(root: yaml.Node, origin: str) -> None:
-    """Counts the values as a reader of the result would meet them: each use of an alias anew."""
+    """Raises JobError if the document has too many values, counting an aliased value once for each of its uses."""
     pending = [root]
     num_values = 0
     while pending:

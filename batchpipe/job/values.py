@@ -1,8 +1,8 @@
-"""The kinds of value a job file holds: what each accepts, and the words an error uses for it.
+"""The types of value that a job file can hold: what each accepts, and the words that an error uses for it.
 
-`Expects` stands at the end of a type, so that every refusal reads "<key>: <value> is not <words>" whichever of
-pydantic's checks failed. Types are strict where YAML already told numbers, strings and booleans apart: "1" is no
-number and true is no integer.
+Each type ends with `Expects`, so that the message is "<key>: <value> is not <words>" whichever of pydantic's checks
+failed. Types are strict because YAML already distinguishes numbers, strings and booleans: "1" is not a number and true
+is not an integer.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 
 @dataclass(frozen=True, slots=True)
 class Expects:
-    """Names what a field takes, to end the sentence "... is not"."""
+    """What a field accepts, in words that complete the sentence "<key>: <value> is not ..."."""
 
     words: str
 
 
+def about(description: str) -> Any:
+    """Describes a key in the JSON Schema of the job file."""
+    return Field(description=description)
+
+
 class Section(BaseModel):
-    """A frozen group of keys that refuses unknown ones, NaN and infinity."""
+    """A frozen group of keys; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -34,7 +39,7 @@ _UNIT_BYTES = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, 
 
 
 def parse_size(value: Any) -> Any:
-    """The bytes of "4GiB", "512MiB" or "1024"; what is no string is left to the integer check. Raises ValueError."""
+    """Bytes of "4GiB", "512MiB" or "1024" (else ValueError); values that are not strings pass to the next check."""
     if not isinstance(value, str):
         return value
     match = _SIZE.fullmatch(value.strip())
@@ -52,7 +57,7 @@ def _listed(value: Any) -> Any:
 
 
 def _token_biases(value: Any) -> Any:
-    """JSON objects cannot have integer keys, so "50256" is read as 50256 there."""
+    """Reads a key "50256" as 50256, because the keys of a JSON object can only be strings."""
     if not isinstance(value, Mapping):
         return value
     biases = {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
@@ -62,13 +67,9 @@ def _token_biases(value: Any) -> Any:
 
 
 Flag = Annotated[bool, Strict(), Expects("true or false")]
-Name = Annotated[
-    str, Strict(), MinLen(1), Expects("a nonempty string; put quotes around one that reads as something else")
-]
-Text = Annotated[str, Strict(), Expects("a string; put quotes around one that reads as something else")]
-OptionalName = Annotated[
-    Annotated[str, Strict(), MinLen(1)] | None, Expects("null or a nonempty string (quote what reads as a number)")
-]
+_Nonempty = Annotated[str, Strict(), MinLen(1)]
+Name = Annotated[_Nonempty, Expects("a nonempty string; put quotes around one that reads as something else")]
+OptionalName = Annotated[_Nonempty | None, Expects("null or a nonempty string (quote what reads as a number)")]
 OptionalText = Annotated[Annotated[str, Strict()] | None, Expects("null or a string (quote what reads as a number)")]
 
 One = Annotated[int, Strict(), Ge(1), Le(1), Expects("1, the only version there is")]
@@ -86,16 +87,10 @@ AutoSize = Annotated[
 ]
 SizeOrZero = Annotated[_Bytes, Ge(0), Expects("0 or a size such as 4GiB, 512MiB, 64KiB or 1024 (bytes)")]
 
-Strings = Annotated[
-    tuple[Annotated[str, Strict(), MinLen(1)], ...],
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
-]
+Strings = Annotated[tuple[_Nonempty, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
 Paths = Annotated[Strings, MinLen(1), Expects("a path, or a nonempty list of paths")]
 StopStrings = Annotated[Strings, MaxLen(64), Expects("a nonempty string, or a list of at most 64 of them")]
-Columns = Annotated[
-    Literal["all", "none"] | tuple[Annotated[str, Strict(), MinLen(1)], ...],
-    Expects("'all', 'none' or a list of column names"),
-]
+Columns = Annotated[Literal["all", "none"] | tuple[_Nonempty, ...], Expects("'all', 'none' or a list of column names")]
 
 TokenId = Annotated[int, Strict(), Ge(0), Le((1 << 31) - 1)]
 TokenIds = Annotated[tuple[TokenId, ...], Expects("a list of token ids (integers >= 0)")]

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from batchpipe.errors import ModelError
-from batchpipe.job.aliases import ModelAlias, find_alias, known_aliases
+from batchpipe.job.shipped import ModelAlias, find_alias, shipped_files
 from batchpipe.job.spec import ModelSpec
 from batchpipe.model.checkpoint import fingerprint_folder, read_json
 from batchpipe.model.gguf import convert_gguf
@@ -77,7 +77,7 @@ def _from_hub(spec: ModelSpec) -> ResolvedModel:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelError(
             f"model.name: {place} is not on the hub, nor is there such a folder or alias "
-            f"(aliases: {', '.join(known_aliases()) or 'none'})"
+            f"(aliases: {', '.join(shipped_files('models')) or 'none'})"
         ) from error
     except LocalEntryNotFoundError as error:
         reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached"

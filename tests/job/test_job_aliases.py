@@ -1,14 +1,14 @@
 from pathlib import Path
 
 from batchpipe.job import load_job
-from batchpipe.job.aliases import find_alias, known_aliases
+from batchpipe.job.shipped import find_alias, shipped_files
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def test_every_alias_can_be_read():
-    assert "smollm2-135m-instruct" in known_aliases()
-    for name in known_aliases():
+    assert "smollm2-135m-instruct" in shipped_files("models")
+    for name in shipped_files("models"):
         alias = find_alias(name)
         assert alias is not None
         assert alias.license
@@ -28,7 +28,7 @@ def test_what_is_no_alias():
 
 def test_the_quickstart_is_a_job_of_a_known_alias():
     job = load_job(REPOSITORY / "jobs" / "quickstart.yaml")
-    assert job.model.name in known_aliases()
+    assert job.model.name in shipped_files("models")
     assert job.input.path == (str(REPOSITORY / "jobs" / "quickstart.jsonl"),)
     assert job.output.path == str(REPOSITORY / "runs" / "quickstart")
     assert len((REPOSITORY / "jobs" / "quickstart.jsonl").read_text(encoding="utf-8").splitlines()) == 64
