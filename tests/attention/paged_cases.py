@@ -78,7 +78,8 @@ def attend_in_chunks(backend: AttentionBackend, case: PagedCase, chunk_tokens: i
     lies between two that must stay as they are.
     """
     num_kv_heads, head_dim = case.keys.shape[1:]
-    pool = KvPool(case.tables.size + 1, 3, num_kv_heads, case.block_tokens, head_dim, case.keys.dtype)
+    geometry = (num_kv_heads, case.block_tokens, head_dim, case.keys.dtype, case.keys.device)
+    pool = KvPool(case.tables.size + 1, 3, *geometry)
     pool.data[:, 0], pool.data[:, 2] = 3, 5
     done = np.zeros(len(case.lengths), np.int32)
     outputs: list[list[torch.Tensor]] = [[] for _ in case.lengths]
