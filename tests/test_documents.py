@@ -182,3 +182,10 @@ def test_the_worked_step_is_what_the_scheduler_does() -> None:
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
     assert printed.stdout.strip() in ARCHITECTURE.read_text()
+
+
+def test_every_result_names_the_command_that_made_it() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    rows = tables_of(folder / "README.md")["file"]
+    assert sorted(row[0] for row in rows) == sorted(path.name for path in folder.glob("*.json"))
+    assert all(CODE.search(row[1]) and re.fullmatch(r"\d{4}-\d\d-\d\d", row[2]) for row in rows)
