@@ -133,6 +133,13 @@ def test_every_module_and_job_key_named_exists(document: Path) -> None:
     assert not unknown
 
 
+@each_document
+def test_every_name_said_to_be_in_a_file_is_there(document: Path) -> None:
+    """As in: `Policy` in [scheduler/policies/base.py](...)."""
+    said = re.findall(r"`(\w+)(?:\.\w+)?`\s+(?:of|in)\s+\[[^\]]+\]\(([^)]+\.py)\)", document.read_text())
+    assert not [(name, path) for name, path in said if name not in names_in(document.parent / path)]
+
+
 def yaml_blocks() -> list[dict[str, Any]]:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return [read_yaml(block, "README.md") for block in blocks]
