@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from socket import socket
-from typing import Protocol
+from typing import Protocol, Self
 
 from batchpipe.types import Capacity, Step, StepResult
 
@@ -29,15 +28,17 @@ class Pipeline(AbstractContextManager["Pipeline"], Protocol):
         """Hands a step over without waiting for it."""
 
     def collect(self) -> StepResult:
-        """The result of the oldest step in flight; waits for it. Raises WorkerError where a stage is gone."""
-
-    @property
-    def sockets(self) -> Sequence[socket]:
-        """What becomes readable when a stage has something to say; none where `collect` itself computes."""
-        ...
+        """The result of the oldest step in flight; waits for it. Raises WorkerError if a stage is gone."""
 
     def ready(self) -> bool:
         """Whether `collect` has its result without waiting for another process. Raises WorkerError."""
+        ...
+
+    def wait(self, timeout_seconds: float, others: Sequence[Self] = ()) -> bool:
+        """Sleeps until this pipeline or one of `others`, of the same kind, may be ready; False after the time-out.
+
+        A pipeline whose `collect` itself computes never waits.
+        """
         ...
 
     def restart(self) -> None:

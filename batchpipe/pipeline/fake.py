@@ -9,6 +9,7 @@ may: what a step loads comes before the step ahead of it computes, if that is st
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,6 @@ class FakePipeline:
         self._vocabulary_size = vocabulary_size
         self._eos_token_id = eos_token_id
         self._eos_every = eos_every
-        self.sockets = ()
         self._in_flight: deque[Step] = deque()
         self._sampling: dict[int, SamplingParams] = {}
         self._kv = np.zeros((capacity.num_blocks, capacity.block_tokens), dtype=np.uint64)
@@ -53,6 +53,9 @@ class FakePipeline:
 
     def ready(self) -> bool:
         return bool(self._in_flight)
+
+    def wait(self, timeout_seconds: float, others: Sequence[FakePipeline] = ()) -> bool:
+        return True
 
     def restart(self) -> None:
         self._in_flight.clear()

@@ -24,7 +24,6 @@ class LocalPipeline:
         self.capacity = capacity_of(
             [StageMemory(s.free_bytes, s.bytes_per_block, s.block_tokens) for s in self._stages]
         )
-        self.sockets = ()
         self._in_flight: deque[Step] = deque()
         for stage in self._stages:
             stage.allocate(self.capacity.num_blocks, self.capacity.num_host_blocks, self.capacity.streams_per_block)
@@ -65,6 +64,9 @@ class LocalPipeline:
 
     def ready(self) -> bool:
         return bool(self._in_flight)
+
+    def wait(self, timeout_seconds: float, others: Sequence[LocalPipeline] = ()) -> bool:
+        return True
 
     def restart(self) -> None:
         raise AssertionError("there is no process here that could be lost")

@@ -1,65 +1,91 @@
-"""What travels between the controller and its workers: MessagePack over a socket, arrays as their bytes. No pickle."""
+"""What travels between the controller and its workers: MessagePack over a socket, arrays as their bytes. No pickle.
+
+The controller sends a worker its `WorkerSpec`, then `Allocate`, then `Step`s. A worker answers with `Loaded`,
+`Allocated` and a `StageReport` for every step, or at any time with `Failed`, after which it ends.
+"""
 
 from __future__ import annotations
 
 import socket
 import struct
+import traceback
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_origin
 
 import msgspec
 import numpy as np
 
+from batchpipe.errors import BatchpipeError, JobError, MemoryLimitError, ModelError, WorkerError
 from batchpipe.types import Int32Array, LinkUse, TokenLogprobs
 
 Message = TypeVar("Message")
 _LENGTH = struct.Struct("<I")
+_TRACEBACK_LINES = 12
+# Errors that keep their type, and so their exit code, on the way from a worker to the controller.
+_USER_ERRORS: dict[str, type[BatchpipeError]] = {
+    kind.__name__: kind for kind in (JobError, ModelError, MemoryLimitError)
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A worker's first word: its weights are in place, or why they are not (an error class of `batchpipe.errors`)."""
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The worker's weights are in place. See `StageMemory` for the numbers."""
 
-    free_bytes: int = 0
-    bytes_per_block: int = 0
-    block_tokens: int = 0
-    device_name: str = ""
-    error: str | None = None
-    error_message: str = ""
+    free_bytes: int
+    bytes_per_block: int
+    block_tokens: int
+    device_name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Allocate:
-    """The controller's answer: how many KV blocks every stage holds, see `Capacity`."""
+class Allocate(msgspec.Struct, frozen=True, tag=True):
+    """How many KV blocks every stage holds, see `Capacity`."""
 
     num_blocks: int
     num_host_blocks: int
     streams_per_block: int
 
 
-@dataclass(frozen=True, slots=True)
-class Allocated:
-    """A worker has memory for KV, or why it has none (an error class of `batchpipe.errors`)."""
-
-    error: str | None = None
-    error_message: str = ""
+class Allocated(msgspec.Struct, frozen=True, tag=True):
+    """The worker has memory for its KV."""
 
 
-@dataclass(frozen=True, slots=True)
-class StageReport:
-    """A stage has done a step; the last stage brings the tokens."""
+class StageReport(msgspec.Struct, frozen=True, tag=True):
+    """A stage has done a step. The report of the last stage carries the tokens."""
 
     step_id: int
     seconds: float
     token_ids: Int32Array | None = None
     logprobs: dict[int, TokenLogprobs] | None = None
     link_use: LinkUse | None = None
-    corrupt: dict[int, str] = field(default_factory=dict)
+    corrupt: dict[int, str] = {}
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The error that ends a worker. `kind` names one of the user's errors; an empty one means the fault is ours."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failed:
+        kind = type(error).__name__
+        if kind in _USER_ERRORS:
+            return cls(kind, str(error))
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        return cls("", "\n".join(lines[-_TRACEBACK_LINES:]))
+
+    def as_error(self, worker: str) -> BatchpipeError:
+        """worker: names the process in the WorkerError that stands for a fault of ours."""
+        if not self.kind:
+            return WorkerError(f"{worker} failed; the end of its traceback:\n{self.message}")
+        assert self.kind in _USER_ERRORS, f"a worker sent an error of unknown kind {self.kind}"
+        return _USER_ERRORS[self.kind](self.message)
+
+
+Answer = Loaded | Allocated | StageReport | Failed
 
 
 def merge_corrupt(stages: Iterable[Mapping[int, str]]) -> dict[int, str]:
-    """What the stages of a step found wrong, by sequence id: the first stage's word where several found something."""
+    """What the stages found wrong in a step, by sequence id; of several findings the first stage's is kept."""
     merged: dict[int, str] = {}
     for corrupt in stages:
         merged = {**corrupt, **merged}
@@ -79,7 +105,7 @@ def decode(data: bytes, kind: type[Message]) -> Message:
 
 
 class Wire:
-    """Whole messages over a stream socket."""
+    """Whole messages over a stream socket. Both directions raise Closed if the other end is gone."""
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
@@ -92,11 +118,17 @@ class Wire:
             raise Closed from error
 
     def receive(self, kind: type[Message]) -> Message:
-        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        return decode(self._read(length), kind)
+        return decode(self._read_message(), kind)
+
+    def receive_answer(self) -> Answer:
+        return _ANSWER_DECODER.decode(self._read_message())
 
     def close(self) -> None:
         self.socket.close()
+
+    def _read_message(self) -> bytes:
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return self._read(length)
 
     def _read(self, num_bytes: int) -> bytes:
         data = bytearray()
@@ -123,3 +155,4 @@ def _to_array(kind: type, value: Any) -> Any:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
+_ANSWER_DECODER: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer, dec_hook=_to_array)

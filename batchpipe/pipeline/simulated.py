@@ -154,7 +154,6 @@ class SimulatedPipeline:
         assert cost.num_stages == capacity.num_stages, "the cost model is one of another pipeline"
         self.capacity = capacity
         self.device_names = ("simulated",) * capacity.num_stages
-        self.sockets = ()
         self.cost = cost
         self.eos_token_id = eos_token_id
         clocks: list[LinkClock] = []
@@ -194,6 +193,9 @@ class SimulatedPipeline:
     def ready(self) -> bool:
         """Whether its oldest step is the first to end of all steps on these stages."""
         return bool(self._in_flight) and self.stages.is_next(self._in_flight[0][1].end_seconds)
+
+    def wait(self, timeout_seconds: float, others: Sequence[SimulatedPipeline] = ()) -> bool:
+        return True
 
     def restart(self) -> None:
         """Steps in flight are lost; the time that they took of the stages is spent all the same."""

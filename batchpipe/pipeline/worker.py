@@ -1,7 +1,7 @@
-"""The process of one stage: `python -m batchpipe.pipeline.worker`, started and fed by `MultiprocessPipeline`.
+"""The process of one stage: `python -m batchpipe.pipeline.worker`, started and fed by a `WorkerGroup`.
 
-Its first line on standard input is a `WorkerSpec`; then it loads, reports, allocates, and runs steps until its
-controller is gone. It dies with its parent, and leaves signals meant for the job to its parent.
+Its argument is the descriptor of the socket on which the controller sends a `WorkerSpec`. The worker loads, allocates,
+and runs steps until its controller is gone. It dies with its parent, and leaves signals meant for the job to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as distributed
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from batchpipe.errors import BatchpipeError
 from batchpipe.pipeline.channel import Channel, DistributedChannel, Payload, SharedMemoryChannel
-from batchpipe.pipeline.messages import Allocate, Allocated, Closed, Loaded, StageReport, Wire, decode
+from batchpipe.pipeline.messages import Allocate, Allocated, Closed, Failed, Loaded, StageReport, Wire
 from batchpipe.pipeline.stage import Stage, StageSpec
 from batchpipe.sample.sampler import SampledTokens
 from batchpipe.types import Step
 
+FAILED = 1
 NEIGHBOUR_LOST = 3  # the exit code of a worker that ends because another process did
 _PR_SET_PDEATHSIG = 1
-
 
 Transport = Literal["shared_memory", "gloo", "nccl"]
 
@@ -52,41 +52,42 @@ class LinkSpec:
 class WorkerSpec:
     stage: StageSpec
     parent_pid: int
-    control_fd: int
     transport: Transport
     rendezvous: str  # where the ranks of torch.distributed meet: a file:// address
     incoming: LinkSpec | None
     outgoing: LinkSpec | None
 
 
-def main() -> int:
-    spec = decode(sys.stdin.buffer.read(), WorkerSpec)
+def main(control_fd: int) -> int:
+    control = Wire(socket.socket(fileno=control_fd))
+    try:
+        serve(control)
+    except Closed:
+        return NEIGHBOUR_LOST
+    except Exception as error:
+        control.send(Failed.of(error))
+        if isinstance(error, BatchpipeError):
+            return FAILED
+        raise
+
+
+def serve(control: Wire) -> NoReturn:
+    """Loads, allocates and runs steps, until Closed says that the controller or a neighbour is gone."""
+    spec = control.receive(WorkerSpec)
     die_with(spec.parent_pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if spec.stage.cpus:
         os.sched_setaffinity(0, spec.stage.cpus)
-    control = Wire(socket.socket(fileno=spec.control_fd))
-    try:
-        stage = Stage(spec.stage)
-    except BatchpipeError as error:
-        control.send(Loaded(error=type(error).__name__, error_message=str(error)))
-        return NEIGHBOUR_LOST
-    try:
-        control.send(Loaded(stage.free_bytes, stage.bytes_per_block, stage.block_tokens, stage.device_name))
-        given = control.receive(Allocate)
-        try:
-            stage.allocate(given.num_blocks, given.num_host_blocks, given.streams_per_block)
-        except BatchpipeError as error:
-            control.send(Allocated(type(error).__name__, str(error)))
-            return NEIGHBOUR_LOST
-        control.send(Allocated())
-        incoming, outgoing = connect(spec, stage.dtype)
-        inbox = Inbox(control, stage)
-        while True:
-            run_step(inbox.next_step(), control, stage, incoming, outgoing)
-    except Closed:
-        return NEIGHBOUR_LOST
+    stage = Stage(spec.stage)
+    control.send(Loaded(stage.free_bytes, stage.bytes_per_block, stage.block_tokens, stage.device_name))
+    asked = control.receive(Allocate)
+    stage.allocate(asked.num_blocks, asked.num_host_blocks, asked.streams_per_block)
+    control.send(Allocated())
+    incoming, outgoing = connect(spec, stage.dtype)
+    inbox = Inbox(control, stage)
+    while True:
+        run_step(inbox.next_step(), control, stage, incoming, outgoing)
 
 
 class Inbox:
@@ -162,4 +163,4 @@ def die_with(parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1])))

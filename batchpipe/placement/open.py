@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -44,15 +43,11 @@ def open_pipelines(
     if layout.num_pools == 1:
         return [LocalPipeline(stage_specs(engine, info, layout.device, 1, link=link), capacity_of)]
     transport: Transport = "nccl" if layout.device == "cuda" else "shared_memory"
-    with ExitStack() as stack:
-        pipelines = []
-        for replica in range(layout.num_replicas):
-            specs = stage_specs(engine, info, layout.device, layout.num_stages, replica, layout.num_replicas, link)
-            pipelines.append(stack.enter_context(MultiprocessPipeline(specs, capacity_of, transport)))
-        for pipeline in pipelines:
-            pipeline.load()
-        stack.pop_all()
-        return list(pipelines)
+    replicas = [
+        stage_specs(engine, info, layout.device, layout.num_stages, replica, layout.num_replicas, link)
+        for replica in range(layout.num_replicas)
+    ]
+    return list(MultiprocessPipeline.open(replicas, capacity_of, transport))
 
 
 def resolve_layout(engine: EngineSpec, info: ModelInfo, device: str) -> Layout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,7 +16,7 @@ from batchpipe.types import FinishedRequest, Request, SamplingParams
 
 # Requests that wait, read and tokenised, for each sequence that may run: enough that the engine never starves.
 WAITING_PER_RUNNING = 2
-# Beyond this a silent replica is asked for its result, and says itself which stage does not answer.
+# After this long one silent replica is asked for its result; its pipeline names the stage that does not answer.
 SILENCE_SECONDS = 60.0
 
 
@@ -80,7 +79,7 @@ class Engine:
         return finished
 
     def _feed(self) -> None:
-        """Every request goes to the replica with the least to do; the line's rest waits for whoever is done first."""
+        """Every request goes to the replica with the least to do; the rest of the line waits."""
         while self._line:
             takers = [replica for replica in self.replicas if replica.scheduler.num_waiting < replica.max_running]
             if not takers:
@@ -95,7 +94,6 @@ class Engine:
             return idle + busy
         ready = [replica for replica in busy if replica.ready()]
         if not ready:
-            sockets = [socket for replica in busy for socket in replica.sockets]
-            readable, _, _ = select.select(sockets, [], [], SILENCE_SECONDS)
-            ready = [replica for replica in busy if replica.ready()] if readable else busy[:1]
+            heard = busy[0].wait(SILENCE_SECONDS, busy[1:])
+            ready = [replica for replica in busy if replica.ready()] if heard else busy[:1]
         return idle + ready

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from socket import socket
 from time import perf_counter
 
 from batchpipe.cost.model import CostModel, StepWork
@@ -51,10 +50,6 @@ class Replica:
         return self._pipeline.device_names
 
     @property
-    def sockets(self) -> Sequence[socket]:
-        return self._pipeline.sockets
-
-    @property
     def num_open(self) -> int:
         """Sequences on their way, waiting ones included."""
         return self.scheduler.num_waiting + self.scheduler.num_running
@@ -87,6 +82,10 @@ class Replica:
         except WorkerError as error:
             self._restart(error)
             return True
+
+    def wait(self, timeout_seconds: float, others: Sequence[Replica]) -> bool:
+        """See `Pipeline.wait`."""
+        return self._pipeline.wait(timeout_seconds, [replica._pipeline for replica in others])
 
     def collect(self) -> list[FinishedRequest]:
         """Waits for the oldest step in flight, if there is one, and gives the requests that ended."""

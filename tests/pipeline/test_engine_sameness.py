@@ -22,6 +22,7 @@ from batchpipe.pipeline.local import LocalPipeline
 from batchpipe.pipeline.memory import StageMemory
 from batchpipe.pipeline.multiprocess import MultiprocessPipeline
 from batchpipe.pipeline.worker import Transport
+from batchpipe.pipeline.workers import DEFAULT_LIMITS, Limits
 from batchpipe.placement.open import stage_specs
 from batchpipe.runner.engine import Engine
 from batchpipe.types import Capacity, Request
@@ -70,6 +71,7 @@ def open_tiny(
     max_step_tokens: int = 16,
     attention: str = "reference",
     transport: Transport | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Pipeline:
     engine = EngineSpec.model_validate(
         {
@@ -94,9 +96,7 @@ def open_tiny(
 
     if transport is None:
         return LocalPipeline(specs, offered)
-    pipeline = MultiprocessPipeline(specs, offered, transport)
-    pipeline.load()
-    return pipeline
+    return MultiprocessPipeline.open([specs], offered, transport, limits)[0]
 
 
 def generate(*pipelines: Pipeline, schedule: str = "hybrid") -> tuple[list[tuple[int, ...]], Engine]:
@@ -194,10 +194,9 @@ def test_a_killed_worker_is_named_and_survived_once(caplog: pytest.LogCaptureFix
 
 
 def test_a_worker_that_says_nothing_is_named_and_ended() -> None:
-    pipeline = open_tiny("llama", 2, 16, 60, transport="shared_memory")
+    pipeline = open_tiny("llama", 2, 16, 60, transport="shared_memory", limits=Limits(step_seconds=2.0))
     assert isinstance(pipeline, MultiprocessPipeline)
     with pipeline:
-        pipeline.step_timeout_seconds = 2.0
         engine = Engine([pipeline], "hybrid", frozenset(), lambda params: None)
         engine.replicas[0].add(prompts())
         step = engine.replicas[0].scheduler.next_step()

@@ -5,7 +5,8 @@ import socket
 import numpy as np
 import pytest
 
-from batchpipe.pipeline.messages import Closed, StageReport, Wire, decode, encode, merge_corrupt
+from batchpipe.errors import MemoryLimitError, WorkerError
+from batchpipe.pipeline.messages import Closed, Failed, StageReport, Wire, decode, encode, merge_corrupt
 from batchpipe.types import LinkUse, SequenceStart, Step, TokenLogprobs, Transfers
 from tests.scheduler.scheduler_cases import request, sampling
 
@@ -63,13 +64,27 @@ def test_messages_of_any_size_arrive_whole_and_a_closed_end_is_told() -> None:
     sender, receiver = Wire(ends[0]), Wire(ends[1])
     for size in (0, 1, 70_000):
         sender.send(StageReport(size, 0.0, np.arange(size % 5000, dtype=np.int32)))
-        assert receiver.receive(StageReport).step_id == size
+        report = receiver.receive_answer()
+        assert isinstance(report, StageReport) and report.step_id == size
     sender.close()
     with pytest.raises(Closed):
         receiver.receive(StageReport)
     with pytest.raises(Closed):
         receiver.send(StageReport(0, 0.0))
     receiver.close()
+
+
+def test_an_error_keeps_its_type_on_the_way_if_it_is_the_users() -> None:
+    error = decode(encode(Failed.of(MemoryLimitError("too much"))), Failed).as_error("stage 3")
+    assert type(error) is MemoryLimitError and str(error) == "too much"
+    try:
+        raise ValueError("a bug")
+    except ValueError as bug:
+        error = Failed.of(bug).as_error("stage 3")
+    assert type(error) is WorkerError
+    assert str(error).startswith("stage 3 failed") and str(error).endswith("ValueError: a bug")
+    with pytest.raises(AssertionError, match="unknown kind Exception"):
+        Failed("Exception", "").as_error("stage 3")
 
 
 def test_of_a_sequence_that_several_stages_found_wrong_the_first_is_heard() -> None:

@@ -91,9 +91,7 @@ def open_deep(
     specs = stage_specs(engine, info, "cpu", num_stages, link=link)
     if not workers:
         return LocalPipeline(specs, offered)
-    pipeline = MultiprocessPipeline(specs, offered)
-    pipeline.load()
-    return pipeline
+    return MultiprocessPipeline.open([specs], offered)[0]
 
 
 def generate(pipeline: Pipeline, schedule: str = "hybrid") -> tuple[list[FinishedRequest], Engine]:

@@ -44,7 +44,7 @@ class Recorded:
         self.decisions: list[tuple[object, ...]] = []
         self.stage_seconds: list[tuple[float, ...]] = []
         self._pipeline = pipeline
-        self.capacity, self.device_names, self.sockets = pipeline.capacity, pipeline.device_names, pipeline.sockets
+        self.capacity, self.device_names = pipeline.capacity, pipeline.device_names
         self.ready, self.restart = pipeline.ready, pipeline.restart
 
     def submit(self, step: Step) -> None:

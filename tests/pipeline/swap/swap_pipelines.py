@@ -68,9 +68,7 @@ def open_pipeline(
 
     if not workers:
         return LocalPipeline(specs, offered)
-    pipeline = MultiprocessPipeline(specs, offered)
-    pipeline.load()
-    return pipeline
+    return MultiprocessPipeline.open([specs], offered)[0]
 
 
 def run(pipeline: Pipeline, steps: Sequence[Step]) -> list[StepResult]:
