@@ -257,9 +257,15 @@ class StepResult:
     step_id: int
     token_ids: Int32Array
     logprobs: Mapping[int, TokenLogprobs]  # by sequence id, only where asked for
-    stage_seconds: tuple[float, ...]  # stalls included
+    compute_seconds: tuple[float, ...]  # by stage, stalls included
     link_uses: tuple[LinkUse, ...] = ()  # by stage; none where there is one tier
     corrupt: Mapping[int, str] = field(default_factory=dict)
+    sampling_seconds: float = 0.0  # from logits to tokens
+
+    @property
+    def stage_seconds(self) -> tuple[float, ...]:
+        """By stage, how long the step kept it: the last stage samples after it has computed."""
+        return (*self.compute_seconds[:-1], self.compute_seconds[-1] + self.sampling_seconds)
 
 
 @dataclass(frozen=True, slots=True)

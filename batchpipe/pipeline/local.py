@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from time import perf_counter
 
 from torch import Tensor
 
 from batchpipe.pipeline.memory import StageMemory
 from batchpipe.pipeline.messages import merge_corrupt
-from batchpipe.pipeline.stage import Stage, StageSpec
-from batchpipe.sample.sampler import SampledTokens
+from batchpipe.pipeline.stage import Stage, StageSpec, sampler_of
 from batchpipe.types import Capacity, Step, StepResult
 
 
@@ -20,6 +20,7 @@ class LocalPipeline:
 
     def __init__(self, specs: Sequence[StageSpec], capacity_of: Callable[[Sequence[StageMemory]], Capacity]) -> None:
         self._stages = [Stage(spec) for spec in specs]
+        self._sampler = sampler_of(specs[-1])
         self.device_names = tuple(stage.device_name for stage in self._stages)
         self.capacity = capacity_of(
             [StageMemory(s.free_bytes, s.bytes_per_block, s.block_tokens) for s in self._stages]
@@ -44,22 +45,23 @@ class LocalPipeline:
 
     def collect(self) -> StepResult:
         step = self._in_flight.popleft()
-        output: Tensor | SampledTokens | None = None
-        stage_seconds = []
+        output: Tensor | None = None
+        times = [perf_counter()]
         for stage in self._stages:
-            started = perf_counter()
-            assert not isinstance(output, SampledTokens)
             output = stage.run(step, output)
-            stage_seconds.append(perf_counter() - started)
-        assert isinstance(output, SampledTokens)
+            times.append(perf_counter())
+        assert output is not None and self._sampler is not None
+        tokens = self._sampler.sample_step(step, output)
+        sampling_seconds = perf_counter() - times[-1]
         uses = [stage.link_use for stage in self._stages]
         return StepResult(
             step.step_id,
-            output.token_ids,
-            output.logprobs,
-            tuple(stage_seconds),
+            tokens.token_ids,
+            tokens.logprobs,
+            tuple(end - start for start, end in pairwise(times)),
             tuple(use for use in uses if use is not None),
             merge_corrupt(stage.corrupt for stage in self._stages),
+            sampling_seconds,
         )
 
     def ready(self) -> bool:

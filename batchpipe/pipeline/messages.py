@@ -1,7 +1,7 @@
 """What travels between the controller and its workers: MessagePack over a socket, arrays as their bytes. No pickle.
 
 The controller sends a worker its `WorkerSpec`, then `Allocate`, then `Step`s. A worker answers with `Loaded`,
-`Allocated` and a `StageReport` for every step, or at any time with `Failed`, after which it ends.
+`Allocated`, and for every step `Computed` and from the last stage `Sampled`; or at any time with `Failed`, its end.
 """
 
 from __future__ import annotations
@@ -48,15 +48,22 @@ class Allocated(msgspec.Struct, frozen=True, tag=True):
     """The worker has memory for its KV."""
 
 
-class StageReport(msgspec.Struct, frozen=True, tag=True):
-    """A stage has done a step. The report of the last stage carries the tokens."""
+class Computed(msgspec.Struct, frozen=True, tag=True):
+    """A stage has hidden states or logits of a step. See `StepResult` for `link_use` and `corrupt`."""
 
     step_id: int
     seconds: float
-    token_ids: Int32Array | None = None
-    logprobs: dict[int, TokenLogprobs] | None = None
     link_use: LinkUse | None = None
     corrupt: dict[int, str] = {}
+
+
+class Sampled(msgspec.Struct, frozen=True, tag=True):
+    """The sampler behind the last stage has a step's tokens, see `StepResult`."""
+
+    step_id: int
+    seconds: float
+    token_ids: Int32Array
+    logprobs: dict[int, TokenLogprobs]
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -81,7 +88,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
         return _USER_ERRORS[self.kind](self.message)
 
 
-Answer = Loaded | Allocated | StageReport | Failed
+Answer = Loaded | Allocated | Computed | Sampled | Failed
 
 
 def merge_corrupt(stages: Iterable[Mapping[int, str]]) -> dict[int, str]:
@@ -110,10 +117,11 @@ class Wire:
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
 
-    def send(self, message: object) -> None:
-        data = encode(message)
+    def send(self, *messages: object) -> None:
+        """In one piece, so that the receiver is woken once."""
+        parts = [encode(message) for message in messages]
         try:
-            self.socket.sendall(_LENGTH.pack(len(data)) + data)
+            self.socket.sendall(b"".join(_LENGTH.pack(len(part)) + part for part in parts))
         except (BrokenPipeError, ConnectionResetError) as error:
             raise Closed from error
 

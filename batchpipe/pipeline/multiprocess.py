@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from batchpipe.pipeline.memory import StageMemory
-from batchpipe.pipeline.messages import StageReport, merge_corrupt
+from batchpipe.pipeline.messages import Computed, Sampled, merge_corrupt
 from batchpipe.pipeline.stage import StageSpec
 from batchpipe.pipeline.worker import Transport
 from batchpipe.pipeline.workers import DEFAULT_LIMITS, Limits, WorkerGroup
@@ -54,7 +54,8 @@ class MultiprocessPipeline:
         self.capacity = capacity
         self._workers = workers
         self._in_flight: deque[int] = deque()
-        self._reports: list[deque[StageReport]] = [deque() for _ in range(capacity.num_stages)]
+        self._computed: list[deque[Computed]] = [deque() for _ in range(capacity.num_stages)]
+        self._sampled: deque[Sampled] = deque()
 
     def __enter__(self) -> MultiprocessPipeline:
         return self
@@ -77,26 +78,25 @@ class MultiprocessPipeline:
 
     def collect(self) -> StepResult:
         step_id = self._in_flight[0]
-        while not all(self._reports):
+        while not self._is_complete:
             self._hear(wait=True)
         self._in_flight.popleft()
-        reports = [queue.popleft() for queue in self._reports]
-        last = reports[-1]
-        assert all(report.step_id == step_id for report in reports), "stages are out of step"
-        assert last.token_ids is not None and last.logprobs is not None
+        stages, sampled = [queue.popleft() for queue in self._computed], self._sampled.popleft()
+        assert {sampled.step_id, *(stage.step_id for stage in stages)} == {step_id}, "stages are out of step"
         return StepResult(
             step_id,
-            last.token_ids,
-            last.logprobs,
-            tuple(report.seconds for report in reports),
-            tuple(report.link_use for report in reports if report.link_use is not None),
-            merge_corrupt(report.corrupt for report in reports),
+            sampled.token_ids,
+            sampled.logprobs,
+            tuple(stage.seconds for stage in stages),
+            tuple(stage.link_use for stage in stages if stage.link_use is not None),
+            merge_corrupt(stage.corrupt for stage in stages),
+            sampled.seconds,
         )
 
     def ready(self) -> bool:
-        while not all(self._reports) and self._hear(wait=False):
+        while not self._is_complete and self._hear(wait=False):
             pass
-        return all(self._reports)
+        return self._is_complete
 
     def wait(self, timeout_seconds: float, others: Sequence[MultiprocessPipeline] = ()) -> bool:
         with selectors.DefaultSelector() as selector:
@@ -107,19 +107,28 @@ class MultiprocessPipeline:
 
     def restart(self) -> None:
         self._in_flight.clear()
-        self._reports = [deque() for _ in self._reports]
+        self._sampled.clear()
+        self._computed = [deque() for _ in self._computed]
         self._workers = self._workers.restarted()
         self._workers.load()
         self._workers.allocate(self.capacity)
+
+    @property
+    def _is_complete(self) -> bool:
+        """Everything about the oldest step in flight is here."""
+        return bool(self._sampled) and all(self._computed)
 
     def _hear(self, *, wait: bool) -> bool:
         """Takes in what the stages have sent; False if there is nothing. Waiting ends with an error at the limit."""
         limit_seconds = self._workers.limits.step_seconds
         answers = self._workers.hear(limit_seconds if wait else 0.0)
         if wait and not answers:
-            silent = next(index for index, queue in enumerate(self._reports) if not queue)
+            silent = next((i for i, queue in enumerate(self._computed) if not queue), len(self._computed) - 1)
             self._workers.silent(silent, "computing a step", limit_seconds)
         for index, answer in answers:
-            assert isinstance(answer, StageReport), f"a {type(answer).__name__} between steps"
-            self._reports[index].append(answer)
+            if isinstance(answer, Sampled):
+                self._sampled.append(answer)
+            else:
+                assert isinstance(answer, Computed), f"a {type(answer).__name__} between steps"
+                self._computed[index].append(answer)
         return bool(answers)

@@ -1,4 +1,4 @@
-"""One pipeline stage: its layers, its share of KV on the device and the host, and on the last stage the sampler."""
+"""One pipeline stage: its layers, and its share of KV on the device and the host. A sampler stands behind the last."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchpipe.model.load import load_stage
 from batchpipe.pipeline.memory import free_bytes
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
 from batchpipe.pipeline.swap.kv_swapper import KvSwapper
-from batchpipe.sample.sampler import SampledTokens, Sampler
+from batchpipe.sample.sampler import Sampler
 from batchpipe.types import Int32Array, LinkUse, Step
 
 
@@ -70,6 +70,11 @@ def processor_name() -> str:
     return named.partition(":")[2].strip() or f"{platform.machine()} CPU"
 
 
+def sampler_of(spec: StageSpec) -> Sampler | None:
+    """Of the last stage: what turns its logits into tokens."""
+    return Sampler(spec.vocabulary_size, spec.eos_token_ids) if spec.is_last else None
+
+
 class Stage:
     """Loads its layers when made; takes steps after `allocate`, until `close`.
 
@@ -96,7 +101,6 @@ class Stage:
         )
         if spec.device == "cpu" and self._backend.name == "cpu":
             fuse(self._model, self.dtype)
-        self._sampler = Sampler(spec.vocabulary_size, spec.eos_token_ids) if spec.is_last else None
         self._pool: KvPool | None = None
         self._tiers: KvSwapper | None = None
         self.corrupt = {}
@@ -147,20 +151,22 @@ class Stage:
             self._tiers.close()
 
     @torch.inference_mode()
-    def run(self, step: Step, hidden: Tensor | None) -> Tensor | SampledTokens:
-        """One step: hidden states [T, hidden_size] in (none on the first stage) and out (tokens on the last)."""
+    def run(self, step: Step, hidden: Tensor | None) -> Tensor:
+        """One step: hidden states [T, hidden_size] in (none on the first stage) and out.
+
+        From the last stage: logits [N, vocabulary_size], of the sequences that sample.
+        """
         if self._tiers is None:
             assert step.transfers is None, "transfers where there is one tier"
-            return self._finish(step, self._compute(step, hidden, self._backend, None))
+            return self._compute(step, hidden, self._backend, None)
         stream_slots = self._tiers.begin(step)
         output = self._compute(step, hidden, self._tiers.backend, stream_slots)
         self.link_use, self.corrupt = self._tiers.finish()
-        return self._finish(step, output)
+        return output
 
     def _compute(
         self, step: Step, hidden: Tensor | None, backend: AttentionBackend, stream_slots: Int32Array | None
     ) -> Tensor:
-        """Hidden states, or on the last stage the logits of those that sample."""
         assert self._pool is not None, "a step before allocate()"
         if len(step.copied_blocks):
             self._pool.copy_blocks(step.copied_blocks[:, 0], step.copied_blocks[:, 1])
@@ -176,18 +182,7 @@ class Stage:
         device = self.spec.device
         source = torch.from_numpy(step.token_ids).to(device) if hidden is None else hidden
         positions = inputs.positions.to(device)
-        if self._sampler is None:
+        if not self.spec.is_last:
             return self._model.forward(inputs, source, positions)
         rows = (inputs.query_starts[1:] - 1)[torch.from_numpy(step.samples)].long().to(device)
         return self._model.forward(inputs, source, positions, rows)
-
-    def _finish(self, step: Step, output: Tensor) -> Tensor | SampledTokens:
-        """The last stage samples."""
-        if self._sampler is None:
-            return output
-        for sequence_id in step.released:
-            self._sampler.release(sequence_id)
-        for start in step.started:
-            self._sampler.start(start)
-        drawn = [i for i, samples in zip(step.sequence_ids, step.samples, strict=True) if samples]
-        return self._sampler.sample(output, drawn)

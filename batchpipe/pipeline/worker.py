@@ -19,13 +19,12 @@ from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as distributed
-from torch import Tensor
 
 from batchpipe.errors import BatchpipeError
 from batchpipe.pipeline.channel import Channel, DistributedChannel, Payload, SharedMemoryChannel
-from batchpipe.pipeline.messages import Allocate, Allocated, Closed, Failed, Loaded, StageReport, Wire
-from batchpipe.pipeline.stage import Stage, StageSpec
-from batchpipe.sample.sampler import SampledTokens
+from batchpipe.pipeline.messages import Allocate, Allocated, Closed, Computed, Failed, Loaded, Sampled, Wire
+from batchpipe.pipeline.stage import Stage, StageSpec, sampler_of
+from batchpipe.sample.sampler import Sampler
 from batchpipe.types import Step
 
 FAILED = 1
@@ -79,7 +78,7 @@ def serve(control: Wire) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     if spec.stage.cpus:
         os.sched_setaffinity(0, spec.stage.cpus)
-    stage = Stage(spec.stage)
+    stage, sampler = Stage(spec.stage), sampler_of(spec.stage)
     control.send(Loaded(stage.free_bytes, stage.bytes_per_block, stage.block_tokens, stage.device_name))
     asked = control.receive(Allocate)
     stage.allocate(asked.num_blocks, asked.num_host_blocks, asked.streams_per_block)
@@ -87,7 +86,7 @@ def serve(control: Wire) -> NoReturn:
     incoming, outgoing = connect(spec, stage.dtype)
     inbox = Inbox(control, stage)
     while True:
-        run_step(inbox.next_step(), control, stage, incoming, outgoing)
+        run_step(inbox.next_step(), control, stage, sampler, incoming, outgoing)
 
 
 class Inbox:
@@ -116,22 +115,24 @@ class Inbox:
             self._steps.put(error)
 
 
-def run_step(step: Step, control: Wire, stage: Stage, incoming: Channel | None, outgoing: Channel | None) -> None:
-    hidden: Tensor | None = None
-    if incoming is not None:
-        hidden = incoming.receive(len(step.token_ids))
+def run_step(
+    step: Step, control: Wire, stage: Stage, sampler: Sampler | None, incoming: Channel | None, outgoing: Channel | None
+) -> None:
+    hidden = None if incoming is None else incoming.receive(len(step.token_ids))
     started = perf_counter()
     output = stage.run(step, hidden)
-    seconds = perf_counter() - started
+    ended = perf_counter()
+    computed = Computed(step.step_id, ended - started, stage.link_use, stage.corrupt)
     if incoming is not None:
         incoming.release()
-    if isinstance(output, SampledTokens):
-        logprobs = dict(output.logprobs)
-        control.send(StageReport(step.step_id, seconds, output.token_ids, logprobs, stage.link_use, stage.corrupt))
-        return
-    assert outgoing is not None
-    outgoing.send(output)
-    control.send(StageReport(step.step_id, seconds, link_use=stage.link_use, corrupt=stage.corrupt))
+    if sampler is not None:
+        tokens = sampler.sample_step(step, output)
+        seconds = perf_counter() - ended
+        control.send(computed, Sampled(step.step_id, seconds, tokens.token_ids, tokens.logprobs))
+    else:
+        assert outgoing is not None
+        outgoing.send(output)
+        control.send(computed)
 
 
 def connect(spec: WorkerSpec, dtype: torch.dtype) -> tuple[Channel | None, Channel | None]:

@@ -13,6 +13,7 @@ from batchpipe.pipeline.stage import Stage, StageSpec
 from batchpipe.pipeline.swap.copy_engine import copy_bytes
 from batchpipe.profiling.steps import Shape, announcing, build_steps, sequence_start
 from batchpipe.sample.sampler import Sampler
+from batchpipe.types import Step
 
 _POOL_BYTES = 1 << 30  # far beyond any cache
 _COPIED_BYTES = 256 << 20
@@ -25,6 +26,7 @@ class TimedStage:
 
     def __init__(self, spec: StageSpec, num_layers: int) -> None:
         self._stage = Stage(replace(spec, index=0, num_stages=1, first_layer=0, end_layer=num_layers))
+        self._sampler = Sampler(spec.vocabulary_size, spec.eos_token_ids)
         self._num_blocks = max(1, min(_POOL_BYTES, self._stage.free_bytes // 4) // self._stage.bytes_per_block)
         self._stage.allocate(self._num_blocks)
         self.device_name = self._stage.device_name
@@ -38,7 +40,7 @@ class TimedStage:
         """
         spec = self._stage.spec
         steps = build_steps(shapes, self._num_blocks, self._stage.block_tokens, spec.vocabulary_size)
-        self._stage.run(announcing(steps[0], max(shape.num_sequences for shape in shapes)), None)
+        self._run(announcing(steps[0], max(shape.num_sequences for shape in shapes)))
         times: list[list[float]] = [[] for _ in shapes]
         ending = perf_counter() + seconds
         while not times[-1] or perf_counter() < ending:
@@ -46,10 +48,13 @@ class TimedStage:
                 if times[-1] and perf_counter() >= ending:
                     break
                 started = perf_counter()
-                self._stage.run(step, None)
+                self._run(step)
                 _finish(spec.device)
                 kept.append(perf_counter() - started)
         return {shape: median(kept[1:] or kept) for shape, kept in zip(shapes, times, strict=True)}
+
+    def _run(self, step: Step) -> None:
+        self._sampler.sample_step(step, self._stage.run(step, None))
 
 
 def row_seconds(spec: StageSpec) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from batchpipe.sample.greedy import INVALID_TOKEN, greedy_tokens
 from batchpipe.sample.logprobs import token_logprobs
 from batchpipe.sample.penalties import Penalties
 from batchpipe.sample.rng import uniforms
-from batchpipe.types import Int32Array, SequenceStart, TokenLogprobs
+from batchpipe.types import Int32Array, SequenceStart, Step, TokenLogprobs
 
 # Colder than this is greedy: dividing float32 logits by less overflows before it changes a choice.
 _COLDEST_TEMPERATURE = 1e-5
@@ -51,6 +51,15 @@ class Sampler:
 
     def release(self, sequence_id: int) -> None:
         del self._sequences[sequence_id]
+
+    @torch.inference_mode()
+    def sample_step(self, step: Step, logits: Tensor) -> SampledTokens:
+        """One token of every sequence of the step that samples; logits [N, V] of these, in the step's order."""
+        for sequence_id in step.released:
+            self.release(sequence_id)
+        for start in step.started:
+            self.start(start)
+        return self.sample(logits, [i for i, samples in zip(step.sequence_ids, step.samples, strict=True) if samples])
 
     def sample(self, logits: Tensor, sequence_ids: Sequence[int]) -> SampledTokens:
         """logits [N, V], any float type and device; row i belongs to `sequence_ids[i]`."""

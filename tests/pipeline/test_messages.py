@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from batchpipe.errors import MemoryLimitError, WorkerError
-from batchpipe.pipeline.messages import Closed, Failed, StageReport, Wire, decode, encode, merge_corrupt
+from batchpipe.pipeline.messages import Closed, Computed, Failed, Sampled, Wire, decode, encode, merge_corrupt
 from batchpipe.types import LinkUse, SequenceStart, Step, TokenLogprobs, Transfers
 from tests.scheduler.scheduler_cases import request, sampling
 
@@ -49,28 +49,28 @@ def test_a_step_survives_the_way() -> None:
     copy.token_ids[0] = 5  # what arrives is the receiver's own
 
 
-def test_a_report_survives_the_way() -> None:
+def test_both_events_of_a_step_survive_the_way() -> None:
     logprobs = {7: TokenLogprobs(4, -0.5, (4, 2), (-0.5, -1.0))}
-    tokens = np.array([4, -1], dtype=np.int32)
-    report = StageReport(1, 0.5, tokens, logprobs, LinkUse(0.25, 1 << 40, 3, 1.5, 2.5), {7: "stage 0: wrong"})
-    copy = decode(encode(report), StageReport)
-    assert copy.logprobs == report.logprobs
-    assert (copy.link_use, copy.corrupt) == (report.link_use, report.corrupt)
-    assert copy.token_ids is not None and copy.token_ids.tolist() == [4, -1]
+    sampled = decode(encode(Sampled(1, 0.5, np.array([4, -1], dtype=np.int32), logprobs)), Sampled)
+    assert (sampled.step_id, sampled.seconds, sampled.logprobs) == (1, 0.5, logprobs)
+    assert sampled.token_ids.dtype == np.int32 and sampled.token_ids.tolist() == [4, -1]
+    computed = Computed(1, 0.25, LinkUse(0.25, 1 << 40, 3, 1.5, 2.5), {7: "stage 0: wrong"})
+    assert decode(encode(computed), Computed) == computed
 
 
 def test_messages_of_any_size_arrive_whole_and_a_closed_end_is_told() -> None:
     ends = socket.socketpair()
     sender, receiver = Wire(ends[0]), Wire(ends[1])
     for size in (0, 1, 70_000):
-        sender.send(StageReport(size, 0.0, np.arange(size % 5000, dtype=np.int32)))
-        report = receiver.receive_answer()
-        assert isinstance(report, StageReport) and report.step_id == size
+        sender.send(Computed(size, 0.0), Sampled(size, 0.0, np.arange(size % 5000, dtype=np.int32), {}))
+        computed, sampled = receiver.receive_answer(), receiver.receive_answer()
+        assert computed == Computed(size, 0.0)
+        assert isinstance(sampled, Sampled) and len(sampled.token_ids) == size % 5000
     sender.close()
     with pytest.raises(Closed):
-        receiver.receive(StageReport)
+        receiver.receive_answer()
     with pytest.raises(Closed):
-        receiver.send(StageReport(0, 0.0))
+        receiver.send(Computed(0, 0.0))
     receiver.close()
 
 

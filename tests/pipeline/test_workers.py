@@ -26,7 +26,7 @@ PROGRAM = """
 import socket, sys, time
 import numpy as np
 from batchpipe.errors import ModelError
-from batchpipe.pipeline.messages import Allocated, Failed, Loaded, StageReport, Wire
+from batchpipe.pipeline.messages import Allocated, Computed, Failed, Loaded, Sampled, Wire
 
 wire = Wire(socket.socket(fileno=int(sys.argv[1])))
 stage = wire.receive(dict)["stage"]
@@ -43,7 +43,9 @@ if behaviour == "hangs-allocating":
 wire.send(Allocated())
 while True:
     step = wire.receive(dict)
-    wire.send(StageReport(step["step_id"], 0.0, np.zeros(1, np.int32), {}))
+    wire.send(Computed(step["step_id"], 0.25))
+    if stage["index"] == stage["num_stages"] - 1:
+        wire.send(Sampled(step["step_id"], 0.5, np.zeros(1, np.int32), {}))
 """
 
 
@@ -159,7 +161,8 @@ def test_one_waits_for_several_pipelines_whatever_the_number_of_open_files(tmp_p
         while not second.ready():
             assert first.wait(60.0, [second])
         assert not first.ready()
-        assert second.collect().step_id == 5
+        result = second.collect()
+        assert (result.step_id, result.compute_seconds, result.stage_seconds) == (5, (0.25, 0.25), (0.25, 0.75))
         assert not second.wait(0.0, [first])
 
 

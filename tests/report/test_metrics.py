@@ -63,7 +63,7 @@ def test_a_folder_without_metrics_has_none_and_damaged_ones_are_named(tmp_path):
 
 
 def step_result(*stage_seconds):
-    return StepResult(step_id=0, token_ids=None, logprobs={}, stage_seconds=stage_seconds)
+    return StepResult(step_id=0, token_ids=None, logprobs={}, compute_seconds=stage_seconds)
 
 
 def test_the_meter_sums_tokens_and_stage_time():
