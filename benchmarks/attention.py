@@ -16,8 +16,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from batchpipe.attention.base import AttentionInputs
 from batchpipe.attention.choose import choose_backend
+from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 
 READ_BYTES = 1 << 30
@@ -45,11 +45,10 @@ def attention_call(arguments: argparse.Namespace, query_tokens: int, context: in
     )
     for block in pool.data:
         block.normal_()
-    inputs = AttentionInputs.build(
+    inputs = StepInputs(pool).fill(
         np.full(arguments.sequences, query_tokens, np.int32),
         np.full(arguments.sequences, context, np.int32),
         np.random.default_rng(0).permutation(pool.num_blocks).astype(np.int32).reshape(-1, width),
-        pool=pool,
         backend=backend,
     )
     num_tokens = arguments.sequences * query_tokens

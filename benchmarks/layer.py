@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 
 from batchpipe.attention.base import AttentionInputs
 from batchpipe.attention.choose import choose_backend
+from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.describe import describe_model
 from batchpipe.model.fuse import fuse
@@ -45,7 +46,7 @@ def inputs_of_a_decode(folder: Path, rows: int, context: int) -> AttentionInputs
         block.normal_()
     tables = np.random.default_rng(0).permutation(pool.num_blocks).astype(np.int32).reshape(rows, width)
     ones = np.ones(rows, np.int32)
-    return AttentionInputs.build(ones, ones * context, tables, pool=pool, backend=backend)
+    return StepInputs(pool).fill(ones, ones * context, tables, backend=backend)
 
 
 def whole_model(stage: StageModel, inputs: AttentionInputs) -> Callable[[], object]:

@@ -13,76 +13,35 @@ import torch
 from torch import Tensor
 
 from batchpipe.kv.pool import KvPool
-from batchpipe.types import Int32Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionInputs:
     """One step's sequences, packed one behind the other without padding; the same for every layer of a stage.
 
-    Sequence i's new tokens are rows `query_starts[i]` to `query_starts[i + 1]` of the packed tensors. They
-    stand behind `context_lengths[i]` tokens whose KV is already in the blocks of `block_tables[i]`, where
-    theirs goes too. Unused places of a block table may hold any block's number. Indices are int32, on the CPU.
+    Sequence i's new tokens are rows `query_starts[i]` to `query_starts[i + 1]` of the packed tensors. They stand behind
+    `context_lengths[i]` tokens whose KV is already in the blocks of `block_tables[i]`, where theirs goes too. Unused
+    places of a block table may hold any block's number. All tensors are on the CPU, rows may have a stride.
 
-    A layer slot is one layer of one block: block b's are b * num_layers and those behind it. A table's number
-    `pool.num_blocks + v` names the v-th streamed block: its even layers pass through slot `stream_slots[v]`, its odd
-    ones through the next.
+    A layer slot is one layer of one block of the pool: block b's are b * num_layers and those behind it. A staged block
+    is not in the pool as a whole: its even layers pass through its staging slot, its odd ones through the next.
     """
 
-    query_lengths: Tensor  # [N], each at least 1
-    context_lengths: Tensor  # [N]
-    query_starts: Tensor  # [N + 1]
-    block_tables: Tensor  # [N, B]
+    query_lengths: Tensor  # [N] int32, each at least 1
+    context_lengths: Tensor  # [N] int32
+    query_starts: Tensor  # [N + 1] int32
+    block_tables: Tensor  # [N, B] int32
+    positions: Tensor  # [T] int64: where each new token stands in its sequence
     max_query_tokens: int
     max_total_tokens: int  # of context and new tokens together
     pool: KvPool
     backend: AttentionBackend
     first_layer: int  # the stage's first layer in the whole model: the pool's layer is layer_idx - first_layer
-    stream_slots: Tensor | None = None  # [V]
-
-    @classmethod
-    def build(
-        cls,
-        query_lengths: Int32Array,
-        context_lengths: Int32Array,
-        block_tables: Int32Array,
-        *,
-        pool: KvPool,
-        backend: AttentionBackend,
-        first_layer: int = 0,
-        stream_slots: Int32Array | None = None,
-    ) -> AttentionInputs:
-        queries = torch.tensor(query_lengths, dtype=torch.int32)
-        contexts = torch.tensor(context_lengths, dtype=torch.int32)
-        tables = torch.tensor(block_tables, dtype=torch.int32)
-        assert len(queries) == len(contexts) == len(tables) > 0 and int(queries.min()) > 0
-        totals = queries + contexts
-        assert int(totals.max()) <= tables.shape[1] * pool.block_tokens, "a block table is too short"
-        starts = torch.zeros(len(queries) + 1, dtype=torch.int32)
-        starts[1:] = queries.cumsum(0)
-        return cls(
-            query_lengths=queries,
-            context_lengths=contexts,
-            query_starts=starts,
-            block_tables=tables,
-            max_query_tokens=int(queries.max()),
-            max_total_tokens=int(totals.max()),
-            pool=pool,
-            backend=backend,
-            first_layer=first_layer,
-            stream_slots=None if stream_slots is None else torch.tensor(stream_slots, dtype=torch.int32),
-        )
+    staging_slots: Tensor | None = None  # [N, B] int32: layer slots of staged blocks, -1 for others; None: all others
 
     @property
     def num_tokens(self) -> int:
         return int(self.query_starts[-1])
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """[T] int64: where each new token stands in its sequence."""
-        lengths = self.query_lengths.long()
-        row_offsets = (self.context_lengths - self.query_starts[:-1]).long()
-        return torch.arange(self.num_tokens) + row_offsets.repeat_interleave(lengths)
 
     @cached_property
     def slots(self) -> tuple[Tensor, Tensor]:
@@ -91,22 +50,21 @@ class AttentionInputs:
 
     def blocks_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """One layer's KV, a view [n, 2, Hkv, block_tokens, D] of the pool, and tables [N, B] of places in that."""
-        if self.stream_slots is None:
+        if self.staging_slots is None:
             return self.pool.data[:, layer], self.block_tables
-        first_slots, is_streamed = self._first_slots
-        return self.pool.data.flatten(0, 1), first_slots + torch.where(is_streamed, layer % 2, layer).int()
+        first_slots, is_staged = self._first_slots
+        return self.pool.data.flatten(0, 1), first_slots + torch.where(is_staged, layer % 2, layer).int()
 
     def slots_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """As `slots`, for the blocks and tables of `blocks_of`."""
-        return self.slots if self.stream_slots is None else self._places_in(self.blocks_of(layer)[1])
+        return self.slots if self.staging_slots is None else self._places_in(self.blocks_of(layer)[1])
 
     @cached_property
     def _first_slots(self) -> tuple[Tensor, Tensor]:
-        """int32 and bool [N, B]: of each block a table names the slot of its layer 0, and whether it is streamed."""
-        assert self.stream_slots is not None
-        is_streamed = self.block_tables >= self.pool.num_blocks
-        streamed = self.stream_slots[(self.block_tables - self.pool.num_blocks).clamp(min=0)]
-        return torch.where(is_streamed, streamed, self.block_tables * self.pool.num_layers), is_streamed
+        """int32 and bool [N, B]: of each block the slot of its layer 0, and whether it is staged."""
+        assert self.staging_slots is not None
+        is_staged = self.staging_slots >= 0
+        return torch.where(is_staged, self.staging_slots, self.block_tables * self.pool.num_layers), is_staged
 
     def _places_in(self, tables: Tensor) -> tuple[Tensor, Tensor]:
         sequences = torch.arange(len(self.query_lengths)).repeat_interleave(self.query_lengths.long())

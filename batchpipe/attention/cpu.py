@@ -99,7 +99,7 @@ class CpuAttention:
             context_lengths=inputs.context_lengths.data_ptr(),
             block_tables=tables.data_ptr(),
             num_sequences=len(inputs.query_lengths),
-            table_width=tables.shape[1],
+            table_width=tables.stride(0),
             blocks=blocks.data_ptr(),
             block_stride=blocks.stride(0),
             num_heads=num_heads,

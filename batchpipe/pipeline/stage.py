@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchpipe.attention.base import AttentionBackend, AttentionInputs
+from batchpipe.attention.base import AttentionBackend
 from batchpipe.attention.choose import choose_backend
+from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.fuse import fuse
 from batchpipe.model.load import load_stage
@@ -127,6 +128,9 @@ class Stage:
         num_layers = self.spec.end_layer - self.spec.first_layer
         geometry = (num_layers, self.spec.num_kv_heads, self.block_tokens, self.spec.head_dim, self.dtype)
         self._pool = KvPool(num_blocks, *geometry, self.spec.device)
+        self._inputs = StepInputs(
+            self._pool, first_layer=self.spec.first_layer, max_step_tokens=self.spec.max_step_tokens
+        )
         if not num_host_blocks:
             return
         pinned = self._pool.device.type == "cuda"
@@ -159,30 +163,20 @@ class Stage:
         if self._tiers is None:
             assert step.transfers is None, "transfers where there is one tier"
             return self._compute(step, hidden, self._backend, None)
-        stream_slots = self._tiers.begin(step)
-        output = self._compute(step, hidden, self._tiers.backend, stream_slots)
+        staging_slots = self._tiers.begin(step)
+        output = self._compute(step, hidden, self._tiers.backend, staging_slots)
         self.link_use, self.corrupt = self._tiers.finish()
         return output
 
     def _compute(
-        self, step: Step, hidden: Tensor | None, backend: AttentionBackend, stream_slots: Int32Array | None
+        self, step: Step, hidden: Tensor | None, backend: AttentionBackend, staging_slots: Int32Array | None
     ) -> Tensor:
         assert self._pool is not None, "a step before allocate()"
         if len(step.copied_blocks):
             self._pool.copy_blocks(step.copied_blocks[:, 0], step.copied_blocks[:, 1])
-        inputs = AttentionInputs.build(
-            step.query_lengths,
-            step.context_lengths,
-            step.block_tables,
-            pool=self._pool,
-            backend=backend,
-            first_layer=self.spec.first_layer,
-            stream_slots=stream_slots,
+        inputs = self._inputs.fill(
+            step.query_lengths, step.context_lengths, step.block_tables, backend=backend, staging_slots=staging_slots
         )
-        device = self.spec.device
-        source = torch.from_numpy(step.token_ids).to(device) if hidden is None else hidden
-        positions = inputs.positions.to(device)
-        if not self.spec.is_last:
-            return self._model.forward(inputs, source, positions)
-        rows = (inputs.query_starts[1:] - 1)[torch.from_numpy(step.samples)].long().to(device)
-        return self._model.forward(inputs, source, positions, rows)
+        source = self._inputs.device_token_ids(step.token_ids) if hidden is None else hidden
+        rows = self._inputs.device_logit_rows(inputs, step.samples) if self.spec.is_last else None
+        return self._model.forward(inputs, source, self._inputs.device_positions(inputs), rows)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from batchpipe.attention.base import AttentionBackend, AttentionInputs
+from batchpipe.attention.base import AttentionBackend
+from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 
 
@@ -82,12 +83,13 @@ def attend_in_chunks(backend: AttentionBackend, case: PagedCase, chunk_tokens: i
     pool = KvPool(case.tables.size + 1, 3, *geometry)
     pool.data[:, 0], pool.data[:, 2] = 3, 5
     done = np.zeros(len(case.lengths), np.int32)
+    step_inputs = StepInputs(pool)
     outputs: list[list[torch.Tensor]] = [[] for _ in case.lengths]
     while (todo := np.flatnonzero(done < case.lengths)).size:
         limits = np.where(todo == 0, 1, chunk_tokens)
         new = np.minimum(np.asarray(case.lengths)[todo] - done[todo], limits).astype(np.int32)
         rows = np.concatenate([np.arange(n) + case.starts[i] + done[i] for i, n in zip(todo, new, strict=True)])
-        inputs = AttentionInputs.build(new, done[todo], case.tables[todo], pool=pool, backend=backend)
+        inputs = step_inputs.fill(new, done[todo], case.tables[todo], backend=backend)
         output = backend.forward(
             inputs,
             1,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from batchpipe.attention.base import AttentionInputs
 from batchpipe.attention.reference import ReferenceAttention
+from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 from tests.attention.exact_attention import exact_attention
 from tests.attention.paged_cases import PagedCase, attend_in_chunks
@@ -53,11 +53,10 @@ def test_equals_a_loop_over_tokens(
 
 def test_new_tokens_stand_behind_their_context() -> None:
     pool = KvPool(9, 1, 1, 4, 16, torch.float32)
-    inputs = AttentionInputs.build(
+    inputs = StepInputs(pool).fill(
         np.array([3, 1], np.int32),
         np.array([2, 8], np.int32),
         np.array([[5, 1, 0], [2, 3, 8]], np.int32),
-        pool=pool,
         backend=ReferenceAttention(),
     )
     assert inputs.positions.tolist() == [2, 3, 4, 8]
@@ -71,4 +70,4 @@ def test_a_short_block_table_is_our_mistake() -> None:
     pool = KvPool(9, 1, 1, 4, 16, torch.float32)
     one = np.array([1], np.int32)
     with pytest.raises(AssertionError, match="block table is too short"):
-        AttentionInputs.build(one, 8 * one, np.array([[5, 1]], np.int32), pool=pool, backend=ReferenceAttention())
+        StepInputs(pool).fill(one, 8 * one, np.array([[5, 1]], np.int32), backend=ReferenceAttention())

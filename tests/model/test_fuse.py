@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batchpipe.attention.base import AttentionInputs
 from batchpipe.attention.reference import ReferenceAttention
+from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.describe import describe_model
 from batchpipe.model.fuse import fuse
@@ -31,9 +31,7 @@ def load(folder: Path, dtype: torch.dtype) -> StageModel:
 def logits(stage: StageModel, folder: Path, dtype: torch.dtype) -> Tensor:
     info = describe_model(folder, "float32")
     pool = KvPool(4, info.num_layers, info.num_kv_heads, 16, info.head_dim, dtype)
-    inputs = AttentionInputs.build(
-        LENGTHS, 0 * LENGTHS, np.array([[1], [3]], np.int32), pool=pool, backend=ReferenceAttention()
-    )
+    inputs = StepInputs(pool).fill(LENGTHS, 0 * LENGTHS, np.array([[1], [3]], np.int32), backend=ReferenceAttention())
     token_ids = torch.arange(inputs.num_tokens) * 7 % 250
     return stage(inputs, token_ids, inputs.positions, torch.arange(inputs.num_tokens)).float()
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from batchpipe.attention.base import AttentionInputs
 from batchpipe.attention.reference import ReferenceAttention
+from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.errors import ModelError
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.describe import describe_model
@@ -50,13 +50,11 @@ class Pipeline:
         """The most likely next token after each sequence's new ones."""
         source = torch.tensor([token for tokens in new for token in tokens])
         for (stage, layers), pool in zip(self.stages, self.pools, strict=True):
-            inputs = AttentionInputs.build(
+            inputs = StepInputs(pool, first_layer=layers.start).fill(
                 np.array([len(tokens) for tokens in new], np.int32),
                 np.array(contexts, np.int32),
                 self.tables[sequences],
-                pool=pool,
                 backend=ReferenceAttention(),
-                first_layer=layers.start,
             )
             rows = inputs.query_starts[1:].long() - 1 if pool is self.pools[-1] else None
             source = stage(inputs, source, inputs.positions, rows)

@@ -97,7 +97,7 @@ class KvSwapper:
         self._link.stores.put([self._store_of(turn)])
 
     def begin(self, step: Step) -> Int32Array | None:
-        """Waits until the step can be computed; `AttentionInputs.stream_slots` where blocks of it are streamed."""
+        """Waits until the step can be computed. Returns `AttentionInputs.staging_slots` if blocks of it are staged."""
         turn = self._turns[self._num_computed]
         assert turn.step is step, "a step runs out of turn"
         staged_before = self._turns.get(turn.number - NUM_STAGING_BUFFERS)
@@ -106,7 +106,10 @@ class KvSwapper:
             self._wait(turn, mark)
         if self._verifier is not None:
             self._verifier.begin(turn.transfers, loads_by_layer=turn.loads_by_layer)
-        return turn.stream_slots if len(turn.stream_slots) else None
+        if not len(turn.stream_slots):
+            return None
+        streams = step.block_tables - self._pool.num_blocks
+        return np.where(streams >= 0, turn.stream_slots[np.maximum(streams, 0)], np.int32(-1))
 
     def finish(self) -> tuple[LinkUse, dict[int, str]]:
         """After the model: lets go what was computed. What the link did for the step, and who met wrong KV.

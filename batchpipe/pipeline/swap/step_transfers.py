@@ -20,7 +20,7 @@ class StepTransfers:
     step: Step
     transfers: Transfers
     stream_units: Int32Array  # [V]: the device block of each streamed block
-    stream_slots: Int32Array  # [V]: as `AttentionInputs.stream_slots`
+    stream_slots: Int32Array  # [V]: the layer slot that its even layers pass through
     loads_by_layer: bool  # nothing computes beside the step's loads, so they come beside its own layers
     host_blocks: Int32Array  # [T]: where each new token's KV goes
     host_rows: Int32Array  # [T]

@@ -65,7 +65,7 @@ class Verifier:
     def look_at_layer(self, layer: int, transfers: Transfers, stream_slots: Int32Array) -> None:
         """Once this layer of all that comes by layer is on the device, before anything is written there.
 
-        stream_slots [V]: as `AttentionInputs.stream_slots`.
+        stream_slots [V]: the layer slot that its even layers pass through.
         """
         if layer == 0:
             # What blocks must hold is known by now: all that was stored in them before has been.
