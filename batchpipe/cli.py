@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that `--help` stays quick.
+"""The command line. Each command imports what it needs when it runs, so that `--help` is fast.
 
 Data and one closing JSON line go to stdout; messages and logs go to stderr. Nothing is coloured.
 """
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from batchpipe.job import Job
 
 _SOME_ROWS_FAILED = 3
+_PATH: click.Path = click.Path(path_type=Path)
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class _ExitCodes(click.Group):
-    """Ends with the exit code of a BatchpipeError, its message on stderr; any other exception is a crash of ours."""
+    """Prints a BatchpipeError to stderr and ends with its exit code; any other exception is a crash of batchpipe."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -38,25 +39,20 @@ class _ExitCodes(click.Group):
                 click.echo(_json(error.summary))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            # A run turns the signal into InterruptedRunError itself; here nothing was begun that could be lost.
+            # A run turns the signal into an InterruptedRunError itself; before the run begins nothing can be lost.
             click.echo("batchpipe: interrupted; the same command starts or continues the job", err=True)
             ctx.exit(InterruptedRunError.exit_code)
 
 
 def _job_command(command: Any) -> Any:
     """Gives a command the JOB argument and the --set option."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a key, as in sampling.seed=1; repeatable.",
-    )(command)
-    return click.argument("job_path", metavar="JOB", type=click.Path(path_type=Path))(command)
+    overrides_help = "Override a key, as in sampling.seed=1; repeatable."
+    command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=overrides_help)(command)
+    return click.argument("job_path", metavar="JOB", type=_PATH)(command)
 
 
 def _json(data: Mapping[str, Any]) -> str:
-    """One line; times as ISO 8601."""
+    """One line of JSON, in which times are written as in ISO 8601."""
     return json.dumps(data, default=datetime.isoformat)
 
 
@@ -117,9 +113,7 @@ def plan(job_path: Path, overrides: tuple[str, ...], hardware: str | None) -> No
 
 @main.command()
 @click.argument("model_or_job", metavar="MODEL|JOB")
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="The profile's file; by default where runs look for it."
-)
+@click.option("--output", type=_PATH, help="The profile's file; by default where runs look for it.")
 @click.option("--seconds", type=float, default=100.0, show_default=True, help="How long to measure.")
 def profile(model_or_job: str, output: Path | None, seconds: float) -> None:
     """Measure this machine's step times with a model, for `plan` and for runs."""
@@ -134,18 +128,14 @@ def predictor() -> None:
 
 
 def _past_outputs(command: Any) -> Any:
+    """Gives a command the SOURCE arguments, and the options that say how their prompts were made."""
+    job_help = "Job whose model and input section (template, messages, system, ...) say how prompts are made."
     for option in (
         click.option("--length-column", help="Column of completion tokens, where SOURCE is no output of batchpipe."),
         click.option("--prompt-column", help="Column of the prompt, by default that of a job."),
         click.option("--model", help="Model that the prompts are for, as model.name of a job."),
-        click.option(
-            "--job",
-            "job_path",
-            metavar="JOB",
-            type=click.Path(path_type=Path),
-            help="Job whose model and input section (template, messages, system, ...) say how prompts are made.",
-        ),
-        click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path)),
+        click.option("--job", "job_path", metavar="JOB", type=_PATH, help=job_help),
+        click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=_PATH),
     ):
         command = option(command)
     return command
@@ -153,56 +143,29 @@ def _past_outputs(command: Any) -> Any:
 
 @predictor.command()
 @_past_outputs
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="The predictor's file.")
-def train(
-    sources: tuple[Path, ...],
-    job_path: Path | None,
-    model: str | None,
-    prompt_column: str | None,
-    length_column: str | None,
-    output: Path,
-) -> None:
+@click.option("--output", required=True, type=_PATH, help="The predictor's file.")
+def train(**options: Any) -> None:
     """Train on past outputs: output folders of batchpipe, Parquet or JSONL."""
     from batchpipe.commands.predictor import train_command
 
-    found = train_command(
-        sources, model, output, prompt_column=prompt_column, length_column=length_column, job_path=job_path
-    )
-    click.echo(_json(found))
+    click.echo(_json(train_command(**options)))
 
 
 @predictor.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("predictor", metavar="FILE", type=_PATH)
 @_past_outputs
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), help="Longest completion; by default that of the longest row."
 )
-def evaluate(
-    file: Path,
-    sources: tuple[Path, ...],
-    job_path: Path | None,
-    model: str | None,
-    prompt_column: str | None,
-    length_column: str | None,
-    max_tokens: int | None,
-) -> None:
+def evaluate(**options: Any) -> None:
     """Compare a predictor's FILE with past outputs."""
     from batchpipe.commands.predictor import evaluate_command
 
-    found = evaluate_command(
-        file,
-        sources,
-        model,
-        prompt_column=prompt_column,
-        length_column=length_column,
-        max_tokens=max_tokens,
-        job_path=job_path,
-    )
-    click.echo(_json(found))
+    click.echo(_json(evaluate_command(**options)))
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=_PATH)
 def status(folder: Path) -> None:
     """Print how far the job with output folder DIR is."""
     from batchpipe.commands.status import status_of

@@ -1,4 +1,4 @@
-"""Everything that can be the user's doing, and how the command ends then.
+"""The errors that a user can cause or mend, and the exit code of the command for each.
 
     BatchpipeError            exit code
       JobError                2   the job file, an override or the command line is wrong
@@ -11,7 +11,7 @@
       OutputError             8   the output folder belongs to another job, or is in use
       WorkerError             1   a stage's process died or stopped answering, again after a restart
 
-What is batchpipe's own mistake is an `assert` or any other exception, and ends with 1.
+Mistakes of batchpipe are `assert`s or other exceptions; the exit code is 1.
 `RowError` never leaves the run: it turns one row into a failed row.
 """
 
@@ -33,7 +33,7 @@ class JobError(BatchpipeError):
 
 
 class StoppedRunError(BatchpipeError):
-    """A run that ended before its last row; `summary` is its closing JSON line, None where nothing had begun."""
+    """A run that ended before its last row; `summary` is its closing JSON line, or None if nothing had begun."""
 
     def __init__(self, message: str, summary: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -69,7 +69,7 @@ class WorkerError(BatchpipeError):
 
 
 class RowError(Exception):
-    """One row cannot be done; the run goes on."""
+    """One row fails; the run goes on."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)

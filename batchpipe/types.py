@@ -1,7 +1,7 @@
-"""The words every part of batchpipe speaks: rows, requests, steps, results. No behaviour, no torch.
+"""The values that the parts of batchpipe exchange: rows, requests, steps, results. No behaviour, no torch.
 
 A row is read (`Row`), rendered and tokenised (`Request`), run as one sequence per sample inside `Step`s, and ends as
-one `Outcome`. What cannot be done on the way becomes a `FailedRow`. Nothing else crosses from one part to the next.
+one `Outcome`. A row that fails before it runs becomes a `FailedRow`. No other values pass from one part to the next.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ErrorCode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """One row's checked sampling settings; the defaults have their home in `batchpipe.job.spec.Sampling`."""
+    """One row's checked sampling settings; `batchpipe.job.sampling.Sampling` has their meanings and defaults."""
 
     max_tokens: int
     temperature: float
@@ -77,7 +77,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """Where a row's carried input columns stand: one row of an Arrow batch that holds exactly those columns."""
+    """A row's carried input columns: row `offset` of an Arrow batch that has exactly the carried columns."""
 
     batch: pa.RecordBatch
     offset: int
@@ -94,7 +94,7 @@ class RowKey:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as read: the values of the columns that rendering needs."""
+    """A row as read, with the values of the columns that its prompt and sampling settings need."""
 
     key: RowKey
     values: Mapping[str, Any]
@@ -102,7 +102,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class FailedRow:
-    """A row that ended before it reached the engine. `num_samples` rows are written for it."""
+    """A row that failed before it reached the engine. `num_samples` completions are written for it."""
 
     key: RowKey
     code: ErrorCode
@@ -112,9 +112,9 @@ class FailedRow:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row ready to run. `sampling.max_tokens` is already cut to what the model's context leaves.
+    """A row ready to run. `sampling.max_tokens` is already cut to what the prompt leaves of the model's context.
 
-    length_class: the predictor's class of the row, 0 where nothing is predicted.
+    length_class: the predictor's class of the row, 0 without a predictor.
     """
 
     key: RowKey
@@ -126,7 +126,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log probability of one chosen token, and of the most likely ones at its place (ids and values, best first)."""
+    """Log probability of a sampled token, and those of the most likely tokens in its place (best first)."""
 
     token_id: int
     logprob: float
@@ -136,9 +136,9 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the engine made of one sample: tokens without the prompt, the end token included where it was drawn.
+    """One sample as it left the engine: generated tokens, with the end token if one was sampled.
 
-    `text_length` is the number of characters to keep where a stop string ended the text, else None.
+    `text_length` is the number of characters to keep if a stop string ended the text, else None.
     """
 
     token_ids: tuple[int, ...]
@@ -151,7 +151,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """All samples of one request, in sample order; leaves the scheduler when the last one ends."""
+    """All samples of one request, in sample order, as it leaves the scheduler when the last of them ends."""
 
     request: Request
     completions: tuple[Completion, ...]
@@ -159,7 +159,7 @@ class FinishedRequest:
 
 @dataclass(frozen=True, slots=True)
 class SampleOutcome:
-    """One row of the completions table, less what all samples of its input row share."""
+    """One row of the completions table, without the columns that all samples of an input row share."""
 
     status: RowStatus
     completion: str | None
@@ -172,7 +172,7 @@ class SampleOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of one input row, written whole: every sample at once, or none."""
+    """The result of one input row, with all its samples, which are written together."""
 
     key: RowKey
     prompt_tokens: int | None
@@ -182,10 +182,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class SequenceStart:
-    """What the sampler must know of a sequence when it first appears in a step, or appears again after a preemption.
+    """What the sampler must know of a sequence that appears in a step for the first time, or again after a preemption.
 
-    `stream` names the sequence's random stream: (seed, row id, sample index) gives the same draws in any batch.
-    `generated_token_ids` is empty at first, and what was generated before the preemption after one.
+    `stream` is the sequence's random stream, a function of (seed, row id, sample index), so that sampling does not
+    depend on the batch. `generated_token_ids` holds the tokens generated before the preemption; empty without one.
     """
 
     sequence_id: int
@@ -226,7 +226,7 @@ class Step:
     context_lengths: Int32Array  # [N]
     token_ids: Int32Array  # [T]
     block_tables: Int32Array  # [N, B], behind a sequence's last block any valid number
-    samples: BoolArray  # [N]: a token is drawn after the last new token of this sequence
+    samples: BoolArray  # [N]: whether a token is sampled after the last new token of this sequence
     copied_blocks: Int32Array  # [C, 2]: before anything else, the KV of block [c, 0] is copied to block [c, 1]
     started: tuple[SequenceStart, ...] = ()
     released: tuple[int, ...] = ()  # sequences that left since the last step: forget their sampler state
@@ -249,9 +249,9 @@ class LinkUse:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a step. `token_ids[k]` belongs to the k-th sequence that samples; -1: its logits were not finite.
+    """The result of a step. `token_ids[k]` belongs to the k-th sequence that samples; -1: its logits were not finite.
 
-    corrupt: by sequence id, what was found wrong with its KV; such a sequence's token is worth nothing.
+    corrupt: the fault found in a sequence's KV, by sequence id; the token of such a sequence is invalid.
     """
 
     step_id: int

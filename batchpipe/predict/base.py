@@ -1,7 +1,7 @@
-"""What a predictor of completion lengths says: a distribution a class of rows, never a single number.
+"""Predicted completion lengths: a distribution for each class of rows, never a single number for a row.
 
-Rows are sorted into a few classes before they run; a class has a survival curve, P(length > t). What the scheduler asks
-(the KV in use so many steps from now, the rest of a row that runs) are sums over such curves, as arrays.
+Rows are sorted into a few classes before they run, and each class has a survival curve, P(length > t). The scheduler
+computes what it needs (KV in use a number of steps ahead, tokens that a running row has left) from these curves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FINEST_GROWTH = 1.1
 
 
 def length_grid(max_tokens: int) -> Int32Array:
-    """[G] lengths from 0 to max_tokens: every one up to ten, then a tenth more each time."""
+    """[G] lengths from 0 to max_tokens: steps of 1 up to about twenty, then steps of a tenth of the length."""
     assert max_tokens >= 1
     grid = [0]
     while grid[-1] < max_tokens:
@@ -31,11 +31,10 @@ def length_grid(max_tokens: int) -> Int32Array:
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """Curves of C classes over G lengths, linear in between: `alive[c, g]` is P(length > grid_tokens[g]).
+    """Survival curves of C classes at G lengths: `alive[c, g]` is P(length > grid_tokens[g]).
 
-    level_error: how far all lengths together may be off, one standard error as a part of their mean.
-
-    grid_tokens [G] increases from 0; alive [C, G] starts at 1 and never increases. Behind the grid nothing lives.
+    grid_tokens [G] increases from 0. alive [C, G] starts at 1 and never increases; between two lengths of the grid it
+    is linear, beyond the last it is 0. level_error is the standard error that all lengths share, relative to the mean.
     """
 
     grid_tokens: Int32Array
@@ -47,7 +46,7 @@ class Survival:
         return len(self.alive)
 
     def at(self, classes: Int32Array, tokens: FloatArray) -> FloatArray:
-        """P(length > tokens) for rows of these classes; `tokens` [N] or [N, M] for N classes."""
+        """P(length > tokens) for N rows of the given classes; `tokens` is [N] or [N, M], and so is the result."""
         grid = self.grid_tokens
         right = np.clip(np.searchsorted(grid, tokens, side="right"), 1, len(grid) - 1)
         left = right - 1
@@ -57,9 +56,9 @@ class Survival:
         return np.where(tokens > grid[-1], 0.0, alive)
 
     def expected_tokens(self, classes: Int32Array, max_tokens: Int32Array) -> FloatArray:
-        """The mean of min(length, max_tokens), a row each: the sum of P(length > t) for t = 0 .. max_tokens - 1.
+        """[N]: the mean of min(length, max_tokens) of each row, which is the sum of P(length > t) for t < max_tokens.
 
-        It is the area under the curve, and half of what the curve falls, for lengths are whole numbers.
+        The sum is the area under the curve plus half of the curve's fall (Euler-Maclaurin): lengths are whole numbers.
         """
         widths = np.diff(self.grid_tokens)
         areas = np.zeros(self.alive.shape)
@@ -72,19 +71,19 @@ class Survival:
         return expected
 
     def expected_left(self, classes: Int32Array, num_tokens: Int32Array, max_tokens: Int32Array) -> FloatArray:
-        """The mean of min(length, max_tokens) - num_tokens of rows that came so far and have not ended, a row each.
+        """[N]: the mean of min(length, max_tokens) - num_tokens of rows that have num_tokens and have not ended.
 
-        At least one token: who is longer than the curve goes on all the same.
+        At least 1, also for a row that is already longer than its curve.
         """
         more = self.expected_tokens(classes, max_tokens) - self.expected_tokens(classes, num_tokens)
         alive = np.maximum(self.at(classes, num_tokens.astype(np.float64)), 1e-9)
         return np.clip(more / alive, 1.0, np.maximum(max_tokens - num_tokens, 1))
 
     def variances(self, classes: Int32Array, max_tokens: Int32Array) -> FloatArray:
-        """The variance of min(length, max_tokens) in square tokens, a row each: from the integral of 2 t P(length > t).
+        """[N]: the variance of min(length, max_tokens) of each row, in square tokens.
 
-        The integral takes a row that ends to be at any point of its last token; a whole length has a square that is
-        larger by that point and a sixth.
+        The second moment is the integral of 2 t P(length > t), which spreads a row's end evenly over its last token;
+        `ended_at` and the sixth correct it, because lengths are whole numbers.
         """
         grid = self.grid_tokens.astype(np.float64)
         squares = np.zeros(self.alive.shape)
@@ -99,35 +98,35 @@ class Survival:
         return variances
 
     def sum_error(self, classes: Int32Array, max_tokens: Int32Array) -> float:
-        """One standard error of the sum of min(length, max_tokens) over these rows, as a part of it.
+        """The standard error of the sum of min(length, max_tokens) over these rows, relative to the sum.
 
-        Rows err each for itself, and all together as far as their level is not known.
+        It combines the independent errors of the rows with the error of the level, which they share.
         """
         deviation = np.sqrt(self.variances(classes, max_tokens).sum())
         return float(np.hypot(deviation / self.expected_tokens(classes, max_tokens).sum(), self.level_error))
 
     def stretched(self, factor: float) -> Survival:
-        """Curves on which so many times fewer rows end at every length: a limit cuts what it would cut."""
+        """The curves with a hazard that is `factor` times smaller at every length."""
         return Survival(self.grid_tokens, self.alive ** (1.0 / factor), self.level_error)
 
 
 def _second_moment(left: FloatArray, right: FloatArray, alive_left: FloatArray, alive_right: FloatArray) -> FloatArray:
-    """The integral of 2 t P(length > t) between points where the curve is a straight line."""
+    """The integral of 2 t P(length > t) from `left` to `right`, between which the curve is a straight line."""
     ends = left * alive_left + right * alive_right
     return (right - left) / 3 * (ends + (left + right) * (alive_left + alive_right))
 
 
 class Classifier(Protocol):
-    """Sorts rows into classes by their prompts, and knows what lengths such classes had elsewhere."""
+    """Sorts rows into classes by their prompts, and has prior curves of the classes, from other jobs or models."""
 
     @property
     def prior(self) -> Survival:
-        """Curves that end at 0, so that whatever share of rows lives longest has its place in them."""
+        """Curves that end at 0, so that each survival probability from 0 to 1 has a length."""
         ...
 
     @property
     def level_error(self) -> float:
-        """How far a job's mean length may be from that of the curves: one standard error, as a part of the mean."""
+        """The standard error of the curves' mean length for a job not seen before, relative to the mean."""
         ...
 
     def classify(self, prompts: Sequence[Int32Array]) -> Int32Array:
@@ -143,9 +142,9 @@ class LengthPredictor(Protocol):
         ...
 
     def observe(self, classes: Int32Array, num_tokens: Int32Array, ended: BoolArray) -> None:
-        """Takes in completions; `ended` is False for one that was cut at its max_tokens: it would have gone on."""
+        """Learns completion lengths [N]; `ended` is False for a completion that was cut at its max_tokens."""
         ...
 
     def survival(self, running_classes: Int32Array, running_tokens: Int32Array) -> Survival:
-        """What is known now. Rows that still run, with their tokens so far, keep early finishers from biasing it."""
+        """The current curves. Running rows count as censored at their tokens so far, else short rows bias it."""
         ...

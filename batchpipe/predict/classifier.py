@@ -1,7 +1,7 @@
-"""The trained classifier: a weight a feature, summed over what a prompt has; classes are bins of that sum.
+"""The trained classifier: a linear model scores a prompt by its features, and classes are bins of the score.
 
-A class's curve is what rows sorted into it turned out to be, so what is sorted in wrongly is part of it, and sums over
-many rows come out right however often a single row does not.
+A class's curve is measured on rows that were sorted into it, wrongly sorted ones included. So predicted sums over many
+rows are right even if the predictions for single rows are often wrong.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Float32Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class LinearModel:
-    """K known features [K]: their numbers, increasing; how rare each is; what each adds to a prompt's score.
+    """K known features, as arrays [K]: their numbers, in increasing order; their rarity; their weights in the score.
 
-    rarity is the log of one over the share of prompts that have the feature. A prompt's rarities are scaled to length
-    1 before they are weighed, so long prompts do not score more for being long.
+    A feature's rarity is log(1 / share of prompts that have it), the inverse document frequency. The vector of a
+    prompt's rarities is scaled to length 1 before it is weighted, so that a long prompt scores no more for its length.
     """
 
     features: Int64Array
@@ -32,13 +32,13 @@ class LinearModel:
     weights: Float32Array
 
     def scores(self, prompts: Sequence[Int32Array]) -> FloatArray:
-        """[N]; the larger, the longer the completion."""
+        """[N]: a larger score means a longer completion."""
         rows, found = presence(prompts)
-        places = np.minimum(np.searchsorted(self.features, found), len(self.features) - 1)
-        known = self.features[places] == found
-        rows, places = rows[known], places[known]
-        rarity = self.rarity[places].astype(np.float64)
-        sums = np.bincount(rows, weights=rarity * self.weights[places], minlength=len(prompts))
+        columns = np.minimum(np.searchsorted(self.features, found), len(self.features) - 1)
+        known = self.features[columns] == found
+        rows, columns = rows[known], columns[known]
+        rarity = self.rarity[columns].astype(np.float64)
+        sums = np.bincount(rows, weights=rarity * self.weights[columns], minlength=len(prompts))
         norms = np.sqrt(np.bincount(rows, weights=rarity**2, minlength=len(prompts)))
         scores: FloatArray = sums / np.where(norms > 0, norms, 1.0)
         return scores
@@ -46,14 +46,14 @@ class LinearModel:
 
 @dataclass(frozen=True, slots=True)
 class TrainedClassifier:
-    """A `Classifier` out of `predict.train`.
+    """A `Classifier` made by `batchpipe.training.train`.
 
-    bounds [C - 1]: class c has the scores bounds[c - 1] < score <= bounds[c]. edges_tokens [Q - 1] part the lengths
-    that it was trained on into quantiles, by which it is judged: edges[q - 1] < length <= edges[q].
+    bounds [C - 1]: class c has the scores bounds[c - 1] < score <= bounds[c]. edges_tokens [Q - 1] divide the
+    lengths of the training rows into quantiles, by which accuracy is measured: edges[q - 1] < length <= edges[q].
     """
 
-    # Of past outputs, but seldom of this very job's rows: of a ShareGPT predictor's, prompts of one topic are 3 to 6 %
-    # off beyond chance, and another kind of job may be more.
+    # The training rows are seldom those of this job. With a predictor trained on ShareGPT, the mean over prompts of one
+    # topic is off by 3 to 6 % beyond chance; another kind of job may be off by more.
     level_error = 0.1
 
     model: LinearModel
@@ -65,11 +65,11 @@ class TrainedClassifier:
         return np.searchsorted(self.bounds, self.model.scores(prompts), side="left").astype(np.int32)
 
     def quantiles_of(self, num_tokens: Int32Array) -> Int32Array:
-        """[N]: the quantile that rows of these lengths are in."""
+        """[N]: the quantile of each length."""
         return np.searchsorted(self.edges_tokens, num_tokens, side="left").astype(np.int32)
 
     def likely_quantiles(self) -> Int32Array:
-        """[C]: the quantile that a row of each class is most often in."""
+        """[C]: the most likely quantile of a row of each class."""
         count = self.prior.num_classes
         edges = np.broadcast_to(self.edges_tokens.astype(np.float64), (count, len(self.edges_tokens)))
         alive = self.prior.at(np.arange(count, dtype=np.int32), edges)

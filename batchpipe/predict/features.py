@@ -1,6 +1,6 @@
-"""A prompt as a set of features: which tokens it has, which pairs of neighbours, and how long it is.
+"""A prompt as a set of features: its tokens, its pairs of neighbouring tokens, and its length.
 
-Only the first and the last tokens of a long prompt are looked at: that is where what is asked for stands.
+Of a long prompt only the first and last tokens are used, because the instruction is usually there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from batchpipe.types import Int32Array
 
 Int64Array = NDArray[np.int64]
 
-# A change of what a feature number means is a new version; files of trained predictors name theirs.
+# Changes whenever a feature number gets another meaning; files of trained predictors name the version they use.
 FEATURES_VERSION = 1
 
 END_TOKENS = 256
@@ -25,9 +25,9 @@ _PAIR_MULTIPLIER = 1_000_003
 
 
 def presence(prompts: Sequence[Int32Array]) -> tuple[Int64Array, Int64Array]:
-    """(prompt, feature) as two arrays [P], in order and each pair once.
+    """Two arrays [P], prompts and features: prompt i has feature j. Each pair occurs once, in increasing order.
 
-    Features are numbered: bins of prompt length, then hashed pairs of neighbouring tokens, then token ids.
+    Feature numbers start with the bins of prompt length, followed by hashed pairs of neighbouring tokens and token ids.
     """
     lengths = np.fromiter((len(prompt) for prompt in prompts), np.int64, len(prompts))
     ends = [_ends(prompt) for prompt in prompts]

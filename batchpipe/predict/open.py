@@ -1,19 +1,20 @@
-"""The predictor that a job asks for."""
+"""Opens the predictor that a job asks for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from batchpipe.errors import JobError
+from batchpipe.job.shipped import shipped_folder
 from batchpipe.model.tokenizer import Tokenizer
 from batchpipe.predict.base import Classifier, LengthPredictor
 from batchpipe.predict.online import OnlinePredictor
-from batchpipe.predict.quantile import QuantileClassifier, shipped_folder
+from batchpipe.predict.quantile import QuantileClassifier
 from batchpipe.predict.trained_file import load_classifier, tokenizer_fingerprint
 
 
 def open_predictor(method: str, tokenizer: Tokenizer, max_tokens: int) -> LengthPredictor | None:
-    """`method` is auto, none, quantile, classifier or the file of a trained predictor; None where none is wanted.
+    """The predictor of `method`: auto, quantile, classifier or the file of a trained one; None if it is "none".
 
     max_tokens: the longest completion that the job allows. Raises JobError for a file that cannot be used here.
     """
@@ -28,7 +29,7 @@ def _classifier(method: str, tokenizer: Tokenizer) -> Classifier:
     fingerprint = tokenizer_fingerprint(tokenizer)
     if method != "classifier":
         return load_classifier(Path(method).expanduser(), fingerprint)
-    path = shipped_folder() / f"{fingerprint[:16]}.safetensors"
+    path = shipped_folder("predictors") / f"{fingerprint[:16]}.safetensors"
     if not path.is_file():
         raise JobError(
             "predict.method: no trained predictor is installed for this model's tokenizer; make one of past outputs "

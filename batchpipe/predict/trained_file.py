@@ -1,4 +1,4 @@
-"""A trained classifier as one .safetensors file, bound to the tokenizer that its token ids are of."""
+"""A trained classifier as one .safetensors file, usable only with the tokenizer whose token ids it was trained on."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _DTYPES = {
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the vocabulary with its ids, in hexadecimal: the same wherever a token id means the same."""
+    """SHA-256, in hexadecimal, of the vocabulary with its ids: equal for tokenizers whose ids mean the same."""
     vocabulary = sorted(tokenizer.vocabulary().items())
     return hashlib.sha256(json.dumps([len(vocabulary), vocabulary]).encode()).hexdigest()
 
 
 def save_classifier(path: Path, classifier: TrainedClassifier, fingerprint: str) -> None:
-    """Writes the file whole or not at all; `fingerprint` is the tokenizer's. Raises OutputError."""
+    """Writes the file, whole or not at all; `fingerprint` is the tokenizer's. Raises OutputError."""
     arrays = {
         "features": classifier.model.features,
         "rarity": classifier.model.rarity,
@@ -53,7 +53,7 @@ def save_classifier(path: Path, classifier: TrainedClassifier, fingerprint: str)
 
 
 def load_classifier(path: Path, fingerprint: str) -> TrainedClassifier:
-    """The classifier of a file. Raises JobError where it is not one, is damaged, or is of another tokenizer."""
+    """The classifier of a file. Raises JobError if it is none, is damaged, or belongs to another tokenizer."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -83,7 +83,7 @@ def load_classifier(path: Path, fingerprint: str) -> TrainedClassifier:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """The strings a safetensors file begins with; empty where these bytes are none."""
+    """The metadata in the header of a safetensors file; empty if `data` is no such file."""
     header_bytes = int.from_bytes(data[:8], "little")
     if len(data) < 8 or header_bytes > len(data) - 8:
         return {}
@@ -96,19 +96,17 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 
 def _fault(tensors: dict[str, FloatArray]) -> str | None:
-    """What about the arrays cannot be right, None where all fits together."""
+    """What is inconsistent in the arrays, or None."""
     if {name: array.dtype for name, array in tensors.items()} != {name: np.dtype(t) for name, t in _DTYPES.items()}:
         return "its arrays are not those of a predictor"
     alive, grid = tensors["alive"], tensors["grid_tokens"]
-    if any(array.ndim != (2 if name == "alive" else 1) for name, array in tensors.items()):
-        return "its arrays do not belong together"
-    is_model = 1 <= len(tensors["features"]) == len(tensors["rarity"]) == len(tensors["weights"])
-    if not is_model or alive.shape != (len(tensors["bounds"]) + 1, len(grid)) or len(grid) < 2:
+    has_ranks = all(array.ndim == (2 if name == "alive" else 1) for name, array in tensors.items())
+    has_model = has_ranks and 1 <= len(tensors["features"]) == len(tensors["rarity"]) == len(tensors["weights"])
+    if not has_model or alive.shape != (len(tensors["bounds"]) + 1, len(grid)) or len(grid) < 2:
         return "its arrays do not belong together"
     if not all(np.isfinite(array).all() for array in tensors.values()):
         return "it holds numbers that are not finite"
     is_curve = (alive[:, 0] == 1).all() and (alive[:, -1] == 0).all() and (np.diff(alive, axis=1) <= 0).all()
-    increases = all(
-        (np.diff(tensors[name]) > 0).all() for name in ("features", "bounds", "edges_tokens", "grid_tokens")
-    )
+    increasing = ("features", "bounds", "edges_tokens", "grid_tokens")
+    increases = all((np.diff(tensors[name]) > 0).all() for name in increasing)
     return None if is_curve and increases and grid[0] == 0 else "its curves or numbers are not in order"

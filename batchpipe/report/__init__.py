@@ -1,7 +1,3 @@
-"""What a run cost and how far it is: metrics in a table, progress on stderr."""
-
-from batchpipe.report.meter import Meter
-from batchpipe.report.metrics import RunMetrics, append_metrics, read_metrics
-from batchpipe.report.progress import Progress, Reading
-
-__all__ = ["Meter", "Progress", "Reading", "RunMetrics", "append_metrics", "read_metrics"]
+"""Reporting on a run: `meter` sums what the steps and outcomes bring, `metrics` is the table of all runs of a job, and
+`progress` shows on stderr how far the run is.
+"""

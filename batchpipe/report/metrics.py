@@ -1,9 +1,9 @@
-"""`metrics.parquet`: one row a run of the job, the same columns in every version of the file."""
+"""`metrics.parquet`: one row for each run of the job."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ FILE_NAME = "metrics.parquet"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunMetrics:
-    """One run. Rows are the job's so far, earlier runs included; all else is this run's alone.
+    """One run. `rows_*` count the job's rows, those of earlier runs included; all other fields are of this run alone.
 
-    Times are UTC. `predictor_mean_absolute_error_tokens` is per completion, `predictor_sum_error` is the predicted sum
-    over the real one, less 1; both None where nothing was predicted. `stage_utilization` has one number for every stage
-    of every replica, the first replica's stages first: the part of the time in which it computed. Blocks are summed
-    over replicas; bytes between host and device, and the `stall_seconds` that computing waited for KV, over all stages.
-    `reused_tokens` of prompts had their KV from a prompt that begins alike; `kv_faults` are times that a sequence's KV
-    came back from the host changed.
+    Times are UTC. `predictor_mean_absolute_error_tokens` is per completion, `predictor_sum_error` is predicted sum /
+    real sum - 1; both are None if nothing was predicted. `stage_utilization` is the fraction of time in which a stage
+    computed, for all stages of the first replica, then of the next. Blocks are summed over replicas. Bytes between host
+    and device, and the `stall_seconds` in which computing waited for KV, are summed over all stages. `reused_tokens`
+    are prompt tokens whose KV came from another prompt with the same prefix. `kv_faults` counts the times that KV of a
+    sequence came back from the host with a wrong checksum.
     """
 
     run_id: str
@@ -84,17 +84,16 @@ _ARROW_TYPES = {
 }
 METRICS_SCHEMA = pa.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(RunMetrics)])
 
-# Columns that came after the first version: null in the rows of a folder that is older than they are.
+# Columns that the first version of the file lacks; they are null in its rows.
 _ADDED = {"reused_tokens", "kv_faults"}
 
 
 def append_metrics(folder: Path, metrics: RunMetrics) -> None:
-    """Adds a row to the folder's metrics; readers see the old file or the new one.
+    """Adds a row to the folder's metrics, replacing the file as a whole.
 
-    Raises OutputError where the file cannot be read or written.
+    Raises OutputError if the file cannot be read or written.
     """
-    row = {field.name: getattr(metrics, field.name) for field in fields(metrics)}
-    row["versions"] = list(metrics.versions.items())
+    row = asdict(metrics) | {"versions": list(metrics.versions.items())}
     table = pa.concat_tables([_read(folder), pa.Table.from_pylist([row], METRICS_SCHEMA)])
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -102,7 +101,7 @@ def append_metrics(folder: Path, metrics: RunMetrics) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The runs of the folder, oldest first."""
+    """The metrics of the folder's runs, oldest first."""
     rows: list[dict[str, Any]] = _read(folder).to_pylist(maps_as_pydicts="strict")
     return rows
 

@@ -1,6 +1,6 @@
-"""Progress on stderr: a line that is redrawn on a terminal, `tqdm` in a notebook, a plain line now and then elsewhere.
+"""Progress on stderr: a line that is redrawn on a terminal, `tqdm` in a notebook, else a plain line every few seconds.
 
-No colours anywhere, so NO_COLOR has nothing left to switch off.
+Nothing is coloured, so NO_COLOR is respected.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
 from typing import TextIO
 
 TERMINAL_SECONDS = 0.2
@@ -22,7 +21,7 @@ WINDOW_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Rows are the job's so far, tokens this run's. fraction: of the job's work, what is done, if known."""
+    """Rows of the job so far, tokens of this run, and the fraction of the job's work that is done (None: unknown)."""
 
     rows_done: int = 0
     rows_failed: int = 0
@@ -32,19 +31,15 @@ class Reading:
 
 
 class Progress:
-    """Shows how far a run is. `total_rows` is None where the input does not tell; the fraction tells then.
-
-    read: asked whenever a line is due, and once at the end.
-    """
+    """Shows how far a run is. `total_rows` is None if unknown. `read` is called when a line is due, and at the end."""
 
     def __init__(
         self,
         total_rows: int | None,
         read: Callable[[], Reading],
-        stream: TextIO | None = None,
+        stream: TextIO | None = None,  # None: stderr
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` gives seconds; by default `stream` is stderr."""
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._total_rows = total_rows
@@ -56,7 +51,7 @@ class Progress:
         self._due_seconds = self._started_seconds
 
     def tick(self) -> None:
-        """Does nothing but look at the clock where no line is due."""
+        """Shows a reading if one is due; else it only reads the clock."""
         now_seconds = self._clock()
         if now_seconds >= self._due_seconds:
             self._due_seconds = now_seconds + self._every_seconds
@@ -93,7 +88,7 @@ class Progress:
         return line if seconds_left is None else f"{line} | {timedelta(seconds=round(seconds_left))} left"
 
     def _seconds_left(self, reading: Reading) -> float | None:
-        """As much again as this run has taken for its share; what earlier runs did does not count as its speed."""
+        """Extrapolated from the fraction that this run has done so far, without that of earlier runs."""
         assert self._first is not None
         first_seconds, first = self._first
         if first.fraction is None or reading.fraction is None or reading.fraction <= first.fraction:
@@ -102,7 +97,7 @@ class Progress:
         return seconds * (1 - reading.fraction) / (reading.fraction - first.fraction)
 
     def _choose_display(self) -> tuple[Callable[[Reading], None], Callable[[], None], float]:
-        """How a reading is shown, how the display ends, and the seconds between two readings."""
+        """(function that shows a reading, function that ends the display, seconds between two readings)."""
         if "ipykernel" in sys.modules:
             return *self._notebook_display(), TERMINAL_SECONDS
         if self._stream.isatty():
@@ -131,9 +126,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Shows where the run ended."""
+    def __exit__(self, *exception: object) -> None:
+        """Shows the last reading."""
         self._take_reading(self._clock())
         self._finish()

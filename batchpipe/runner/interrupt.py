@@ -1,11 +1,11 @@
-"""Signals that end a run in order: the first asks it to stop, commit and leave; a second leaves at once."""
+"""Signals end a run in order: after the first the run stops and commits, and a second ends the process at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 
 from batchpipe.errors import InterruptedRunError
 
@@ -13,9 +13,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupt:
-    """Listens while the context is open; `requested` names the signal once one came, else None.
+    """Handles SIGNALS while the context is open; `requested` is the name of the first one received, else None.
 
-    Outside the main thread (a notebook's worker, a server) Python cannot listen, and signals keep their meaning.
+    Outside the main thread (a notebook's worker, a server) Python cannot set handlers, so signals keep their effect.
     """
 
     def __init__(self) -> None:
@@ -28,14 +28,12 @@ class Interrupt:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
-            # What is committed, and what is in the row log, stays; there is nothing else to save.
+            # Committed rows and the row log are on disk; nothing else is worth saving.
             os._exit(InterruptedRunError.exit_code)
         self.requested = signal.Signals(number).name

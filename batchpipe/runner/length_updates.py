@@ -1,4 +1,4 @@
-"""Between the engine and a predictor: requests get a class, finished ones teach it, schedulers get its curves."""
+"""Connects the engine with a predictor: it classifies requests, learns from finished ones, and gives out its curves."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from dataclasses import replace
 import numpy as np
 
 from batchpipe.predict.base import LengthPredictor
+from batchpipe.scheduler.sequence import SequenceState
 from batchpipe.scheduler.state import SchedulerState
 from batchpipe.types import FinishedRequest, FinishReason, Request
 
-# The curves are drawn anew after so many completions, or so many steps where rows are long.
+# The curves are estimated anew after this number of completions, or of steps if rows are long.
 REFRESH_COMPLETIONS = 32
 REFRESH_STEPS = 64
 
 
 class LengthUpdates:
-    """One predictor for all replicas, whose schedulers' `states` get the curves."""
+    """One predictor for all replicas; the curves go to the `states` of their schedulers."""
 
     def __init__(self, predictor: LengthPredictor, states: Sequence[SchedulerState]) -> None:
         self._predictor = predictor
         self._states = states
-        self._finished: list[tuple[int, int, bool]] = []  # class, tokens, ended by itself
+        self._finished: list[tuple[int, int, bool]] = []  # class, tokens, whether it ended by itself
         self._refresh()
 
     def classified(self, requests: Sequence[Request]) -> list[Request]:
-        """The requests with their class and the mean of what is expected of it now."""
+        """The requests with their class, and its current mean length as `predicted_tokens`."""
         if not requests:
             return []
         classes = self._predictor.classify([request.prompt_token_ids for request in requests])
@@ -38,7 +39,7 @@ class LengthUpdates:
         ]
 
     def learn(self, finished: Sequence[FinishedRequest]) -> None:
-        """After every step: takes completions in, and now and then gives all schedulers new curves."""
+        """Call after every step: collects completions, and at the intervals above gives all schedulers new curves."""
         for end in finished:
             for completion in end.completions:
                 if completion.finish_reason is not None:
@@ -49,8 +50,8 @@ class LengthUpdates:
             self._refresh()
 
     def rows_under_way(self) -> float:
-        """What is done of the rows that run: one of which half the tokens are expected to be there counts a half."""
-        running = [sequence for state in self._states for sequence in state.running.values()]
+        """The sum over running rows of the fraction of its expected tokens that each has generated."""
+        running = self._running()
         if not running:
             return 0.0
         classes, limits, tokens, samples = np.array(
@@ -60,13 +61,16 @@ class LengthUpdates:
         left = self._survival.expected_left(classes, tokens, limits)
         return float((tokens / (tokens + left) / samples).sum())
 
+    def _running(self) -> list[SequenceState]:
+        return [sequence for state in self._states for sequence in state.running.values()]
+
     def _refresh(self) -> None:
         self._num_steps = 0
         if self._finished:
             classes, tokens, ended = zip(*self._finished, strict=True)
             self._predictor.observe(np.array(classes, np.int32), np.array(tokens, np.int32), np.array(ended, np.bool_))
             self._finished.clear()
-        running = [sequence for state in self._states for sequence in state.running.values()]
+        running = self._running()
         self._survival = self._predictor.survival(
             np.array([sequence.group.request.length_class for sequence in running], np.int32),
             np.array([len(sequence.generated) for sequence in running], np.int32),

@@ -1,4 +1,4 @@
-"""What a run reports of itself: when it began, how far it is, and its row in the metrics."""
+"""The run's own account: its times, and from them and the engine its row in the metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REPORTED_VERSIONS = ("torch", "transformers", "pyarrow")
 
 
 class Account:
-    """Made when the run begins; `loaded` when the engine is ready for its first step."""
+    """Build it when the run begins; call `loaded` when the engine is ready for its first step."""
 
     def __init__(self) -> None:
         self._started_at = datetime.now(UTC)

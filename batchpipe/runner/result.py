@@ -1,4 +1,4 @@
-"""What `batchpipe.run` gives back."""
+"""The result of `batchpipe.run`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SUMMARY_KEYS = (
 
 @dataclass(frozen=True)
 class Result:
-    """An output folder, the metrics of its last run (named as in metrics.parquet), the command's exit code for it."""
+    """An output folder, the metrics of its last run (keys as in metrics.parquet), and the exit code of the command."""
 
     path: Path
     metrics: Mapping[str, Any]
@@ -44,16 +44,16 @@ class Result:
         return {"output": str(self.path), **{key: self.metrics[key] for key in _SUMMARY_KEYS}}
 
     def table(self) -> pa.Table:
-        """All completions so far, in the order of the input. Raises OutputError where there are none yet."""
+        """All completions so far, in the order of the input. Raises OutputError if there are none yet."""
         parts = sorted((self.path / COMPLETIONS).glob("part-*.parquet"))
         if not parts:
             raise OutputError(f"{self.path}: holds no completions yet; run the job again to continue it.")
-        # Without partitioning: a folder named key=value on the way must not become a column.
+        # Without `partitioning=None` a folder named key=value in the path would become a column.
         table = pa.concat_tables(pq.read_table(part, partitioning=None) for part in parts)
         order = pc.sort_indices(table, [("row_index", "ascending"), ("sample_index", "ascending")])
         try:
             return table.take(order)
-        except pa.ArrowNotImplementedError:  # Arrow cannot take from views (string_view), only join slices of them
+        except pa.ArrowNotImplementedError:  # of string_view, of which Arrow can only join slices
             return pa.concat_tables(table.slice(offset, 1) for offset in order.to_pylist()).combine_chunks()
 
     def to_pandas(self) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""How good a trained classifier is on completions that it did not learn from."""
+"""The accuracy of a trained classifier on completions that it was not trained on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NUM_GROUPS = 4000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Over rows whose real and predicted lengths are both cut at `max_tokens`, as a run with that limit would.
+    """Measures over rows whose real and predicted lengths are both cut at `max_tokens`, as a run with that limit does.
 
-    accuracy: share of rows in the quantile (25, 50, 75 and 99 % of the training's lengths) that is the likeliest of
-    their class; rows cut too early to know their quantile are left out of it, and None is said where all were.
-    bias: predicted sum of all rows over the real one, less 1.
-    group_sum_error: mean of |predicted sum / real sum - 1| over groups of `group_rows` different rows drawn at random;
-    unbiased_group_sum_error: the same after the predictions are scaled so that their sum over all rows is right, which
-    is what groups differ by chance. Both None where the rows are fewer than a group.
+    accuracy: share of rows whose length is in the most likely quantile of their class; the quantiles are those of
+    `train.QUANTILES`. Rows that were cut too early to know their quantile do not count; None if no row counts.
+    bias: predicted sum over all rows / real sum - 1.
+    group_sum_error: mean of |predicted sum / real sum - 1| over random groups of `group_rows` different rows;
+    unbiased_group_sum_error: the same after scaling the predictions so that bias is 0, which leaves the error that
+    groups have by chance. Both are None if there are fewer rows than a group has.
     """
 
     num_rows: int
@@ -39,15 +39,14 @@ class Evaluation:
 
 
 def evaluate(classifier: TrainedClassifier, examples: Examples, *, max_tokens: int, seed: int) -> Evaluation:
-    """`seed` draws the groups."""
+    """`seed` determines the random groups."""
     started = time.perf_counter()
     classes = classifier.classify(examples.prompts)
     predicted = classifier.prior.expected_tokens(classes, np.full(len(classes), max_tokens, np.int32))
     seconds = time.perf_counter() - started
 
     real = np.minimum(examples.num_tokens, max_tokens).astype(np.float64)
-    said = classifier.likely_quantiles()[classes]
-    is_right = said == classifier.quantiles_of(examples.num_tokens)
+    is_right = classifier.likely_quantiles()[classes] == classifier.quantiles_of(examples.num_tokens)
     is_known = examples.ended | (examples.num_tokens > classifier.edges_tokens[-1])
     has_groups = len(examples) >= GROUP_ROWS
     unbiased = predicted * (real.sum() / predicted.sum())
@@ -67,6 +66,6 @@ def evaluate(classifier: TrainedClassifier, examples: Examples, *, max_tokens: i
 def group_sum_error(predicted: FloatArray, real: FloatArray, *, seed: int) -> float:
     """Mean of |predicted sum / real sum - 1| over random groups of GROUP_ROWS different rows."""
     assert len(real) >= GROUP_ROWS
-    draw = np.random.default_rng(seed)
-    groups = (draw.choice(len(real), GROUP_ROWS, replace=False) for _ in range(_NUM_GROUPS))
+    rng = np.random.default_rng(seed)
+    groups = (rng.choice(len(real), GROUP_ROWS, replace=False) for _ in range(_NUM_GROUPS))
     return float(np.mean([abs(predicted[group].sum() / real[group].sum() - 1) for group in groups]))

@@ -1,24 +1,23 @@
-"""What a predictor learns from: prompts as token ids, with the lengths of their completions."""
+"""The rows that a predictor is trained on: prompts as token ids, with the lengths of their completions."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchpipe.errors import InputError, RowError
+from batchpipe.errors import InputError
 from batchpipe.job.spec import InputSpec
 from batchpipe.model.tokenizer import Tokenizer
 from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.read.source import open_source
-from batchpipe.read.tokenize import BATCH_ROWS
-from batchpipe.types import BoolArray, FinishReason, Int32Array, Row
+from batchpipe.read.tokenize import tokenized
+from batchpipe.types import BoolArray, FailedRow, FinishReason, Int32Array, Row
 from batchpipe.write.folder import COMPLETIONS
 
 _LENGTH_COLUMNS = ("completion_tokens", "out_tok")
@@ -27,7 +26,7 @@ _REASON_COLUMN = "finish_reason"
 
 @dataclass(frozen=True)
 class Examples:
-    """N rows: prompts, tokens of their completions, and whether these ended by themselves (False: cut)."""
+    """N rows: prompts, numbers of completion tokens [N], and whether each completion ended by itself (False: cut)."""
 
     prompts: list[Int32Array]
     num_tokens: Int32Array
@@ -43,12 +42,12 @@ class Examples:
 def read_examples(
     sources: Sequence[Path], tokenizer: Tokenizer, input_spec: InputSpec, *, length_column: str | None = None
 ) -> Examples:
-    """All rows with a length, each prompt rendered as a run with `input_spec` would, whose paths are not looked at.
+    """All rows with a length. Prompts are rendered as a run with `input_spec` would, whose paths are ignored.
 
-    A source is an output folder that carried the columns prompts are made of, or a JSONL or Parquet file.
-    `length_column` None takes completion_tokens, or out_tok where that is missing. Rows whose finish_reason is "length"
-    were cut; rows that failed have no length and are passed over. Raises InputError where a source cannot be read,
-    lacks a column or none has a row to learn from, and JobError where the chat template does not suit.
+    A source is an output folder that carries the columns which prompts are made of, or a JSONL or Parquet file.
+    `length_column` None means completion_tokens, or out_tok if that is missing. A row whose finish_reason is "length"
+    was cut; failed rows have no length and are skipped. Raises InputError if a source cannot be read or lacks a
+    column, or if no row is usable, and JobError if the chat template does not suit.
     """
     prompts: list[Int32Array] = []
     num_tokens: list[int] = []
@@ -66,44 +65,34 @@ def read_examples(
 def _rows(
     source: Path, tokenizer: Tokenizer, input_spec: InputSpec, length_column: str | None
 ) -> Iterator[tuple[Int32Array, int, str | None]]:
-    """Prompt, tokens of its completion and finish reason, of every row that has them."""
+    """(prompt, tokens of its completion, finish reason) of every row with a length that a run would not fail."""
     parts = source / COMPLETIONS
     path = str(parts if parts.is_dir() else source)
     spec = input_spec.model_copy(update={"path": (path,), "format": "auto", "id_column": None, "limit": None})
-    # Messages of a JSONL input stand in the output as JSON text, which would be refused as messages: no role is named.
-    columns = (
-        spec if spec.messages_column is None else spec.model_copy(update={"messages_column": None, "template": ""})
-    )
+    # An output holds the messages of a JSONL input as JSON text, a type that the check of columns refuses for messages:
+    # so the sources are opened as if prompts came from a template.
+    as_template = {} if spec.messages_column is None else {"messages_column": None, "template": ""}
+    columns = spec.model_copy(update=as_template)
     of_prompt = needed_columns(spec, sampling_column=None)
     available = open_source(columns, carry="all", needed=of_prompt).carried_schema.names
     length_column = length_column or next((name for name in _LENGTH_COLUMNS if name in available), _LENGTH_COLUMNS[0])
     needed = of_prompt | {length_column} | ({_REASON_COLUMN} & set(available))
     rows = open_source(columns, carry="none", needed=needed).rows()
-    renderer = Renderer(spec, tokenizer)
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        usable = [
-            (prompt, row.values)
-            for row in batch
-            if isinstance(row, Row)
-            and _is_length(row.values.get(length_column))
-            and (prompt := _rendered(row.values, renderer, spec.messages_column)) is not None
-        ]
-        encoded = iter(renderer.encode([prompt for prompt, _ in usable if isinstance(prompt, str)]))
-        for prompt, values in usable:
-            token_ids = next(encoded) if isinstance(prompt, str) else prompt
-            if token_ids:
-                yield np.array(token_ids, np.int32), values[length_column], values.get(_REASON_COLUMN)
+    usable = (_with_messages(row, spec.messages_column) for row in rows if _has_length(row, length_column))
+    for row, prompt in tokenized(usable, Renderer(spec, tokenizer)):
+        if isinstance(row, Row) and isinstance(prompt, list) and prompt:
+            yield np.array(prompt, np.int32), row.values[length_column], row.values.get(_REASON_COLUMN)
 
 
-def _is_length(value: Any) -> bool:
+def _has_length(row: Row | FailedRow, length_column: str) -> bool:
+    value = row.values.get(length_column) if isinstance(row, Row) else None
     return type(value) is int and value >= 1
 
 
-def _rendered(values: Mapping[str, Any], renderer: Renderer, messages_column: str | None) -> str | list[int] | None:
-    """The prompt as a run would have it, None where a run would have failed the row."""
-    try:
-        if messages_column is not None and isinstance(values[messages_column], str):
-            values = {**values, messages_column: json.loads(values[messages_column])}
-        return renderer.render(values)
-    except (RowError, json.JSONDecodeError):
-        return None
+def _with_messages(row: Row | FailedRow, column: str | None) -> Row | FailedRow:
+    """The row with messages that were written as JSON text parsed again; text that is no JSON is refused later."""
+    if not isinstance(row, Row) or column is None or not isinstance(row.values[column], str):
+        return row
+    with contextlib.suppress(json.JSONDecodeError):
+        return replace(row, values={**row.values, column: json.loads(row.values[column])})
+    return row

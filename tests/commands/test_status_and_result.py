@@ -3,7 +3,7 @@ import pytest
 
 from batchpipe.commands.status import status_of
 from batchpipe.errors import OutputError
-from batchpipe.report import RunMetrics, append_metrics, read_metrics
+from batchpipe.report.metrics import RunMetrics, append_metrics, read_metrics
 from batchpipe.runner.result import Result
 from batchpipe.types import Carried, Outcome, RowKey
 from batchpipe.write.schema import completions_schema

@@ -1,4 +1,4 @@
-"""The life table and the curves: exact without cuts, unbiased with them."""
+"""The Kaplan-Meier estimate and the curves: exact without cuts, unbiased with them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpipe.predict.base import Survival, length_grid
-from batchpipe.predict.survival import LifeTable
+from batchpipe.predict.survival import KaplanMeier
 from batchpipe.types import BoolArray, Int32Array
 
 
 def curve(grid: Int32Array, tokens: Int32Array, ended: BoolArray) -> Survival:
-    table = LifeTable.of(grid, 1, np.zeros(len(tokens), np.int32), tokens, ended)
+    table = KaplanMeier.of(grid, 1, np.zeros(len(tokens), np.int32), tokens, ended)
     return Survival(grid, table.alive(np.ones((1, len(grid))), 0.0))
 
 
@@ -35,7 +35,7 @@ def test_any_rows_give_curves(rows: list[tuple[int, bool]], max_tokens: int) -> 
     tokens = np.array([tokens for tokens, _ in rows], np.int32)
     ended = np.array([ended and tokens > 0 for tokens, ended in rows], np.bool_)
     prior = 1.0 - grid[None, :] / grid[-1]
-    alive = LifeTable.of(grid, 1, np.zeros(len(rows), np.int32), tokens, ended).alive(prior, 1.0)
+    alive = KaplanMeier.of(grid, 1, np.zeros(len(rows), np.int32), tokens, ended).alive(prior, 1.0)
     assert alive[0, 0] == 1.0
     assert (np.diff(alive) <= 0).all() and (alive >= 0).all()
 
@@ -46,9 +46,9 @@ def test_tables_of_parts_add_up_to_the_table_of_all(data: st.DataObject) -> None
     cut = data.draw(st.integers(0, len(rows)))
     grid = length_grid(80)
 
-    def table(part: list[tuple[int, int, bool]]) -> LifeTable:
+    def table(part: list[tuple[int, int, bool]]) -> KaplanMeier:
         columns = np.array(part, np.int32).reshape(-1, 3)
-        return LifeTable.of(grid, 3, columns[:, 0], columns[:, 1], columns[:, 2].astype(np.bool_))
+        return KaplanMeier.of(grid, 3, columns[:, 0], columns[:, 1], columns[:, 2].astype(np.bool_))
 
     total, whole = table(rows[:cut]) + table(rows[cut:]), table(rows)
     np.testing.assert_allclose(total.at_risk, whole.at_risk)
@@ -83,7 +83,7 @@ def test_of_rows_that_started_together_the_short_ones_do_not_pull_the_curve_down
 
 def test_a_row_counts_up_to_where_it_was_cut_even_inside_a_bin() -> None:
     grid = np.array([0, 10, 20], np.int32)
-    table = LifeTable.of(
+    table = KaplanMeier.of(
         grid, 1, np.zeros(3, np.int32), np.array([15, 20, 10], np.int32), np.array([False, True, False])
     )
     np.testing.assert_allclose(table.at_risk, [[3.0, 1.5]])
@@ -92,7 +92,7 @@ def test_a_row_counts_up_to_where_it_was_cut_even_inside_a_bin() -> None:
 
 def test_what_is_longer_than_the_grid_is_cut_at_its_end() -> None:
     grid = np.array([0, 10, 20], np.int32)
-    table = LifeTable.of(grid, 1, np.zeros(1, np.int32), np.array([21], np.int32), np.array([True]))
+    table = KaplanMeier.of(grid, 1, np.zeros(1, np.int32), np.array([21], np.int32), np.array([True]))
     np.testing.assert_allclose(table.at_risk, [[1.0, 1.0]])
     assert table.ended.sum() == 0
 

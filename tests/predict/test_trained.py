@@ -258,6 +258,6 @@ def test_every_method_opens_what_it_says(
         assert predictor.classify(prompts).max() < num_classes
     with pytest.raises(JobError, match="batchpipe predictor train"):
         open_predictor("classifier", tokenizer, 512)
-    monkeypatch.setattr(opening, "shipped_folder", lambda: tmp_path)
+    monkeypatch.setattr(opening, "shipped_folder", lambda kind: tmp_path)
     (tmp_path / f"{tokenizer_fingerprint(tokenizer)[:16]}.safetensors").write_bytes(predictor_file.read_bytes())
     assert isinstance(open_predictor("classifier", tokenizer, 512), OnlinePredictor)

@@ -5,8 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchpipe.errors import OutputError
-from batchpipe.report import Meter, RunMetrics, append_metrics, read_metrics
-from batchpipe.report.metrics import METRICS_SCHEMA
+from batchpipe.report.meter import Meter
+from batchpipe.report.metrics import METRICS_SCHEMA, RunMetrics, append_metrics, read_metrics
 from batchpipe.types import LinkUse, Outcome, RowStatus, StepResult
 from tests.report.run_metrics_case import RUN_METRICS
 from tests.write.completion_cases import outcomes_of, sample

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from batchpipe.report import Progress, Reading
+from batchpipe.report.progress import Progress, Reading
 
 
 class Terminal(io.StringIO):
