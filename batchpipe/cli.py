@@ -129,7 +129,7 @@ def predictor() -> None:
 
 def _past_outputs(command: Any) -> Any:
     """Gives a command the SOURCE arguments, and the options that say how their prompts were made."""
-    job_help = "Job whose model and input section (template, messages, system, ...) say how prompts are made."
+    job_help = "Job with the model and input section (template, messages, system, ...) that prompts are made with."
     for option in (
         click.option("--length-column", help="Column of completion tokens, where SOURCE is no output of batchpipe."),
         click.option("--prompt-column", help="Column of the prompt, by default that of a job."),

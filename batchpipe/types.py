@@ -197,27 +197,27 @@ class SequenceStart:
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
-    """What a step moves between the two tiers of KV, the same on every stage. V streamed blocks, U units.
+    """The KV that a step moves between host and device, the same blocks on every stage. V streamed blocks, U units.
 
-    Before the step computes, its `loads` are on the device, whole blocks; while it computes, its `streams` pass through
-    the device layer by layer. What it computes goes to the host too, so that leaving the device costs nothing. No block
-    that loads and streams write to is used by the step before it, so they may begin as soon as the step before that
-    one is done on this stage, and run beside the other.
+    `loads` are whole blocks that are swapped in before the step computes; `streams` are swapped in layer by layer while
+    it computes. New KV is written to the host as well, so that evicting a block needs no copy. The previous step uses
+    none of the device blocks that loads and streams write to; so these may start as soon as the step before the
+    previous one is done on this stage, and overlap with the previous step.
     """
 
-    host_tables: Int32Array  # [N, B]: as `Step.block_tables`, of host blocks; a step's new tokens are written there too
+    host_tables: Int32Array  # [N, B]: `Step.block_tables` in host blocks, to which the KV of new tokens is written too
     loads: Int32Array  # [L, 2]: host block, device block
-    streams: Int32Array  # [V]: host blocks; block tables name the v-th as `Capacity.num_blocks + v`
-    stream_units: Int32Array  # [U]: device blocks the streams pass through, `Capacity.streams_per_block` of them each
+    streams: Int32Array  # [V]: host blocks; in block tables the v-th has the number `Capacity.num_blocks + v`
+    stream_units: Int32Array  # [U]: staging blocks on the device, each for `Capacity.streams_per_block` streamed blocks
     host_copies: Int32Array  # [C, 2]: host block to host block, before the step's new tokens are written
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass of one circulating batch, decided by the scheduler and obeyed by every stage.
+    """One forward pass of one micro-batch, as the scheduler decided it, for every stage.
 
-    Sequence i brings `query_lengths[i]` new tokens that stand behind `context_lengths[i]` tokens whose KV is already in
-    its blocks; new KV goes to the same block table. N sequences, T = sum(query_lengths) tokens.
+    N sequences, T = sum(query_lengths) new tokens. The `query_lengths[i]` new tokens of sequence i follow
+    `context_lengths[i]` tokens that have their KV in the blocks of its block table; KV of new tokens is written there.
     """
 
     step_id: int
@@ -225,19 +225,22 @@ class Step:
     query_lengths: Int32Array  # [N]
     context_lengths: Int32Array  # [N]
     token_ids: Int32Array  # [T]
-    block_tables: Int32Array  # [N, B], behind a sequence's last block any valid number
+    block_tables: Int32Array  # [N, B]; after a sequence's last block any valid number
     samples: BoolArray  # [N]: whether a token is sampled after the last new token of this sequence
     copied_blocks: Int32Array  # [C, 2]: before anything else, the KV of block [c, 0] is copied to block [c, 1]
     started: tuple[SequenceStart, ...] = ()
-    released: tuple[int, ...] = ()  # sequences that left since the last step: forget their sampler state
+    released: tuple[
+        int, ...
+    ] = ()  # sequences that ended or were preempted since the last step; their sampler state is freed
     transfers: Transfers | None = None  # None: all KV stays on the device
 
 
 @dataclass(frozen=True, slots=True)
 class LinkUse:
-    """What the link between the tiers did for one step on one stage.
+    """Transfers between host and device for one step on one stage.
 
-    stall_seconds: computing waited for KV. load_seconds, store_seconds: the link was busy in that direction.
+    stall_seconds is the time for which computing waited for KV; load_seconds and store_seconds are the times for which
+    the link was busy in either direction.
     """
 
     stall_seconds: float = 0.0
@@ -270,12 +273,13 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a pipeline offers the scheduler: KV blocks, the same ids on every stage, and how many batches circulate.
+    """The capacity of a pipeline, for the scheduler: KV blocks (with the same ids on every stage) and steps in flight.
 
-    num_host_blocks: of the second tier; 0: there is none. streams_per_block: how many streamed blocks pass through one
-    device block, two layers of each at a time; 0: a stage has too few layers for that. offload: what comes back from
-    the second tier: `none`, whole blocks before a step (`batch`), layers beside it (`layer`), or `both`.
-    max_prefills_ahead: so many steps that only prefill may be in flight beside the `max_batches` that circulate.
+    num_host_blocks: KV blocks in host memory; 0 without offload. streams_per_block: streamed blocks for which one
+    staging block has space, two layers of each at a time; 0 if a stage has too few layers for streaming.
+    offload: how KV comes back from host memory: `none`, as whole blocks before a step (`batch`), layer by layer during
+    the step (`layer`), or `both`. max_prefills_ahead: steps of prefill alone that may be in flight in addition to the
+    `max_batches` micro-batches.
     """
 
     num_blocks: int

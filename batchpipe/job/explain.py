@@ -47,7 +47,7 @@ def key_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]) -> list[str]:
-    """One line for each wrong key of `data`, whose validation as `model` raised `error`."""
+    """One line for each wrong key of `data`, given the error that validating it as `model` raised."""
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         path, line = _line(problem["type"], problem["loc"], problem["msg"], model, data)

@@ -35,7 +35,7 @@ class Identity:
 
 
 def identity(job: Job, *, model_revision: str, dtype: str, input_fingerprint: str) -> Identity:
-    """The identity of a loaded `job` whose model and input have been opened.
+    """The identity of a loaded `job` after its model and input have been opened.
 
     `model_revision` is the commit or content hash of the weights, `dtype` the type that was chosen for "auto".
     Raises JobError if the file of `input.chat_template` cannot be read.
@@ -51,7 +51,7 @@ def identity(job: Job, *, model_revision: str, dtype: str, input_fingerprint: st
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A line "key: old -> new" for each key whose value differs between the parts of two identities."""
+    """A line "key: old -> new" for each key that differs between the parts of two identities."""
     return [
         f"{key}: {shown(old[key]) if key in old else _ABSENT} -> {shown(new[key]) if key in new else _ABSENT}"
         for key in sorted(old.keys() | new.keys())

@@ -38,7 +38,7 @@ class Sampling(v.Section):
     ] = 0
     logprobs: Annotated[v.LogprobCount, v.about("Likeliest tokens to report at each place; 0 is off.")] = 0
     column: Annotated[
-        v.OptionalName, v.about("Column whose struct or JSON object overrides these settings for its row.")
+        v.OptionalName, v.about("Column with a struct or JSON object that overrides these settings for its row.")
     ] = None
 
     @model_validator(mode="after")

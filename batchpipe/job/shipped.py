@@ -1,6 +1,6 @@
 """Configuration files that come with batchpipe, and the model aliases among them.
 
-An alias is the short name of a model whose weights are in an installable Python package.
+An alias is the short name of a model with weights in an installable Python package.
 """
 
 from __future__ import annotations

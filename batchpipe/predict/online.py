@@ -1,10 +1,10 @@
 """The predictor of a run: it starts with the lengths that classes of prompts had elsewhere, and learns this job's.
 
 Lengths do not carry over from one model to another, but which class is longer than which mostly does. So the prior's
-curves are quantile-mapped to the job: at a length whose survival in the job's pooled curve is p, each class takes its
-prior's value at the length whose survival in the prior's pooled curve is p. Weighted by the shares of the classes, the
-mapped curves give exactly the job's pooled curve, which a few completions determine. With completions of its own, each
-class's curve moves from the mapped prior to its Kaplan-Meier estimate.
+curves are quantile-mapped to the job: where the job's pooled curve has the survival p, each class takes the value that
+its prior has where the prior's pooled curve has the survival p. Weighted by the shares of the classes, the mapped
+curves give exactly the job's pooled curve, which a few completions determine. With completions of its own, a class's
+curve then moves from the mapped prior to its Kaplan-Meier estimate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A trained classifier as one .safetensors file, usable only with the tokenizer whose token ids it was trained on."""
+"""A trained classifier as one .safetensors file, which is usable only with the tokenizer that it was trained for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DTYPES = {
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256, in hexadecimal, of the vocabulary with its ids: equal for tokenizers whose ids mean the same."""
+    """SHA-256, in hexadecimal, of the vocabulary with its ids: equal for tokenizers with the same meanings of ids."""
     vocabulary = sorted(tokenizer.vocabulary().items())
     return hashlib.sha256(json.dumps([len(vocabulary), vocabulary]).encode()).hexdigest()
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class Ahead(Generic[T]):
     """The items of `iterator` in order, read up to `capacity_rows` and one chunk ahead of the consumer.
 
-    Use it in a `with` statement, whose end stops the thread and closes the iterator. An exception of the iterator is
+    Use it in a `with` statement; its end stops the thread and closes the iterator. An exception of the iterator is
     raised by `take`, after the items that came before it.
     """
 

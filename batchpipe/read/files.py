@@ -132,7 +132,7 @@ def _walk(filesystem: fs.FileSystem, folder: str, root: str) -> list[InputFile]:
 
 
 def _match(filesystem: fs.FileSystem, folder: str, segments: Sequence[str], root: str) -> list[InputFile]:
-    """Files whose path below `folder` matches the pattern `segments`, and all files of folders that match it."""
+    """Files with a path below `folder` that matches the pattern `segments`, and all files of folders that match it."""
     segment, *rest = segments
     infos = sorted(filesystem.get_file_info(fs.FileSelector(folder)), key=lambda info: info.base_name)
     infos = [info for info in infos if not _is_hidden(info.base_name)]

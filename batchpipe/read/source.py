@@ -49,7 +49,7 @@ class Source:
         return num_rows if num_rows is None or self._limit is None else min(num_rows, self._limit)
 
     def rows(self, skip: Container[int] = frozenset()) -> Iterator[Row | FailedRow]:
-        """Every row whose index is not in `skip`, in input order. The ids of skipped rows count as seen."""
+        """Every row with an index that is not in `skip`, in input order. The ids of skipped rows count as seen."""
         seen_ids = SeenIds()
         self.rows_seen = 0
         for batch in self._reader.batches():

@@ -25,7 +25,7 @@ class RunMetrics:
     real sum - 1; both are None if nothing was predicted. `stage_utilization` is the fraction of time in which a stage
     computed, for all stages of the first replica, then of the next. Blocks are summed over replicas. Bytes between host
     and device, and the `stall_seconds` in which computing waited for KV, are summed over all stages. `reused_tokens`
-    are prompt tokens whose KV came from another prompt with the same prefix. `kv_faults` counts the times that KV of a
+    are prompt tokens with KV taken from another prompt with the same prefix. `kv_faults` counts the times that KV of a
     sequence came back from the host with a wrong checksum.
     """
 

@@ -1,4 +1,4 @@
-"""From what the engine made of a request to what is written for its row."""
+"""Turns finished requests into the outcomes that are written for their rows."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def detokenize(
 ) -> list[Outcome]:
     """One outcome per request, in order, with all its samples.
 
-    `decode_batch` gives the texts of many token lists, special tokens left out; it is called once. A final end token
-    never shows in the text, even where the tokenizer does not call it special, but counts as a completion token.
+    `decode_batch` gives the texts of many token lists without special tokens; it is called once. A final end token
+    counts as a completion token but is never part of the text, even if the tokenizer does not call it special.
     """
     completions = [completion for one in finished for completion in one.completions]
     texts = decode_batch([_text_token_ids(completion, eos_token_ids) for completion in completions])
@@ -47,7 +47,7 @@ def detokenize(
 
 
 def failed_outcome(row: FailedRow) -> Outcome:
-    """The outcome of a row that never reached the engine: all its samples failed alike."""
+    """The outcome of a row that never reached the engine: all its samples failed for the same reason."""
     sample = _failed_sample(row.code, row.message)
     return Outcome(key=row.key, prompt_tokens=None, predicted_tokens=None, samples=(sample,) * row.num_samples)
 

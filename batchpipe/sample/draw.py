@@ -1,8 +1,8 @@
-"""One token from one row of logits, behind temperature, top-k, top-p and min-p.
+"""Samples one token from one row of logits, after temperature, top-k, top-p and min-p.
 
-Each truncation keeps an upper level set: all tokens at or above some value, so equal tokens are treated alike. Levels
-are found among few candidates: a lower bound of a level, cheap to have, leaves only the tokens above it to be sorted.
-Everything here sees one row alone, in one order of operations, so a row's draw cannot depend on its batch.
+Each truncation keeps all tokens at or above some level, so tokens of equal weight are kept or dropped together. To find
+a level without sorting the vocabulary, a cheap lower bound of it is computed first, and only the tokens above the bound
+are sorted. A row is processed alone and in a fixed order of operations, so its token cannot depend on its batch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def draw(
     min_p: float,
     uniform: float,
 ) -> int:
-    """The token where the cumulative weight of those kept passes `uniform`, in (0, 1), of the whole.
+    """The first kept token at which the cumulative weight exceeds the fraction `uniform`, in (0, 1), of the total.
 
     logits: [V], overwritten. best: the largest of them, finite. temperature: above 0.
-    top_k: 0, or at least V, is off. top_p: the fewest levels that hold this share of what top_k left; 1 is off.
-    min_p: a probability relative to the largest; 0 is off.
+    top_k: 0, or at least V, is off. top_p: the share of the weight kept by top_k that the kept levels must reach; 1 is
+    off. min_p: a probability relative to the largest; 0 is off.
     """
     if not 0 < top_k < len(logits):
         return _draw_weighted(_weights(logits, best, temperature), top_p, min_p, uniform)
@@ -39,9 +39,9 @@ def draw(
 
 
 def kth_largest_bound(values: NDArray[np.float32], k: int) -> np.float32:
-    """A number that at least k of the values (1 <= k <= len(values)) reach: their k-th largest or a little less.
+    """A lower bound of the k-th largest value, 1 <= k <= len(values), usually close to it.
 
-    Values are dealt into groups; k groups whose largest reaches the bound hold k values that do.
+    It is the k-th largest of the maxima of groups: the maxima of k groups reach it, so k values do.
     """
     num_groups = len(values) // _TOKENS_PER_GROUP
     if k <= num_groups:
@@ -51,20 +51,20 @@ def kth_largest_bound(values: NDArray[np.float32], k: int) -> np.float32:
 
 
 def _weights(logits: NDArray[np.float32], best: np.float32, temperature: float) -> NDArray[np.float32]:
-    """Made in place: proportional to the probabilities, the largest exactly 1."""
-    with np.errstate(over="ignore"):  # a hopeless token's distance may become -inf: its weight is 0
+    """Weights proportional to the probabilities, the largest exactly 1; computed in place."""
+    with np.errstate(over="ignore"):  # the logit of a very unlikely token may become -inf, and its weight 0
         np.subtract(logits, best, out=logits)
         np.divide(logits, temperature, out=logits)
     return np.exp(logits, out=logits)
 
 
 def _draw_weighted(weights: NDArray[np.float32], top_p: float, min_p: float, uniform: float) -> int:
-    """An index into weights, the largest of which is 1."""
+    """Samples an index of `weights`, the largest of which is 1."""
     group_sums = _group_sums(weights)
     if top_p >= 1.0 and min_p <= 0.0:
         return _draw_untruncated(weights, group_sums, uniform)
     total = float(group_sums.sum(dtype=np.float64))
-    # All weights under the first of these together are less than the share that top_p gives away.
+    # All weights below the first of these together sum to less than the share that top_p drops.
     floor = np.float32(max((1.0 - top_p) * total / len(weights), min_p))
     indices = np.flatnonzero(weights >= floor)
     candidates = weights[indices]
@@ -77,7 +77,7 @@ def _draw_weighted(weights: NDArray[np.float32], top_p: float, min_p: float, uni
 
 
 def _group_sums(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Group g of G holds the indices g, g + G, g + 2G ...: summed row by row, fast; one more holds the remainder."""
+    """Sums of G groups, of the indices g, g + G, g + 2G ... so that they can be added row by row, and of the remainder."""
     num_groups = len(weights) // _TOKENS_PER_GROUP
     grouped = weights[: num_groups * _TOKENS_PER_GROUP].reshape(_TOKENS_PER_GROUP, num_groups)
     remainder = weights[num_groups * _TOKENS_PER_GROUP :]
@@ -85,7 +85,7 @@ def _group_sums(weights: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _draw_untruncated(weights: NDArray[np.float32], group_sums: NDArray[np.float32], uniform: float) -> int:
-    """Picks a group, then one of its indices: a cumulative sum over all of V would take longer than all else."""
+    """Picks a group, then one of its indices: a cumulative sum over all of V would take longer than everything else."""
     group = _pick(group_sums, uniform)
     before = group_sums[:group].sum(dtype=np.float64)
     left = float((uniform * group_sums.sum(dtype=np.float64) - before) / group_sums[group])
@@ -96,7 +96,7 @@ def _draw_untruncated(weights: NDArray[np.float32], group_sums: NDArray[np.float
 
 
 def _pick(weights: NDArray[np.float32], uniform: float) -> int:
-    """The first index whose cumulative weight is more than `uniform` of the whole; never one of weight 0."""
+    """The first index at which the cumulative weight exceeds `uniform` of the total; never one of weight 0."""
     cumulative = np.cumsum(weights, dtype=np.float64)
     # Rounding must not carry the target to the very end, past the last token that has a weight.
     target = min(uniform * cumulative[-1], np.nextafter(cumulative[-1], 0.0))

@@ -1,4 +1,4 @@
-"""The most likely token of every row, and the finding that a row has none."""
+"""The most likely token of each row, or INVALID_TOKEN for a row with logits that are not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchpipe.types import Int32Array
 
 INVALID_TOKEN = -1
 
-# Sixteen-bit floats whose sign bit is clear sort as integers; infinity is the first pattern that is not finite.
+# The bits of 16-bit floats without sign sort as integers; infinity is the smallest pattern that is not finite.
 _INFINITY_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 _SIGN_BIT = 0x8000
 
@@ -18,7 +18,7 @@ _SIGN_BIT = 0x8000
 def greedy_tokens(logits: Tensor) -> Int32Array:
     """logits [N, V], any float type and device -> the index of each row's largest, the lowest index among equals.
 
-    INVALID_TOKEN where the largest is not finite: a NaN or +inf anywhere in the row, or -inf in all of it.
+    INVALID_TOKEN if the largest is not finite: the row has a NaN or +inf, or consists of -inf.
     """
     if logits.device.type == "cpu":
         return _greedy_16bit(logits) if logits.dtype in _INFINITY_BITS else _greedy_host(logits)
@@ -38,7 +38,7 @@ def _greedy_host(logits: Tensor) -> Int32Array:
 
 
 def _greedy_16bit(logits: Tensor) -> Int32Array:
-    """Finds the largest among bit patterns: some twenty times faster than torch.argmax on bfloat16."""
+    """Finds the largest by comparing bit patterns, about twenty times faster than torch.argmax on bfloat16."""
     infinity = _INFINITY_BITS[logits.dtype]
     bits = logits.view(torch.int16).numpy()
     unsigned_bits = bits.view(np.uint16)
@@ -48,7 +48,7 @@ def _greedy_16bit(logits: Tensor) -> Int32Array:
     all_negative = np.flatnonzero(best < 0)  # then the largest has the smallest pattern
     if len(all_negative):
         tokens[all_negative] = bits[all_negative].argmin(axis=1)
-    zeros = np.flatnonzero(best == 0)  # a -0 further left is as large
+    zeros = np.flatnonzero(best == 0)  # a -0 at a lower index is equally large
     if len(zeros):
         tokens[zeros] = _greedy_host(logits[torch.from_numpy(zeros)])
     negative_nan = unsigned_bits.max(axis=1) > (_SIGN_BIT | infinity)

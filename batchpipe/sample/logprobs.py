@@ -10,9 +10,9 @@ from batchpipe.types import TokenLogprobs
 
 
 def token_logprobs(logits: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprobs:
-    """Of `token_id` and of the `num_top` >= 1 most likely tokens, the lower id first at a tie.
+    """Log probabilities of `token_id` and of the `num_top` >= 1 most likely tokens; equal ones are in order of ids.
 
-    logits: [V], the largest finite. `token_id` stands among the top ones only where it is one of them.
+    logits: [V], the largest finite. `token_id` is among the top tokens only if it is one of the most likely.
     """
     num_top = min(num_top, len(logits))
     candidates = np.flatnonzero(logits >= kth_largest_bound(logits, num_top))

@@ -1,4 +1,4 @@
-"""Repetition, presence and frequency penalties of one sequence, kept up token by token."""
+"""Repetition, presence and frequency penalties of one sequence, updated token by token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from batchpipe.types import Int32Array, SamplingParams
 
 
 class Penalties:
-    """Counts of the distinct tokens of a sequence; the cost of a step is that of the distinct ones alone.
+    """Counts of the distinct tokens of a sequence; the time of a step grows with the number of distinct tokens only.
 
-    The repetition penalty is about prompt and generated tokens, the other two about generated ones only. Prompt tokens
-    therefore stand in the table with a count of 0.
+    The repetition penalty applies to prompt and generated tokens, the other two to generated tokens only. Therefore
+    prompt tokens are in the table with a count of 0.
     """
 
     def __init__(self, sampling: SamplingParams, prompt_token_ids: Int32Array, generated: Sequence[int]) -> None:

@@ -1,8 +1,8 @@
-"""The next token of every sequence of a step.
+"""Samples the next token of every sequence of a step.
 
-Plain greedy rows cost one search for the largest. Any other row is taken by itself, in float32 on the host: bias,
-penalties, temperature, truncation, draw. Its token depends on its own logits, tokens and random stream, and on nothing
-else in the batch.
+Rows with plain greedy sampling take one argmax for the whole batch. Every other row is processed alone, in float32 on
+the host: bias, penalties, temperature, truncation, sampling. Its token depends on its own logits, tokens and random
+stream only, not on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from batchpipe.sample.penalties import Penalties
 from batchpipe.sample.rng import uniforms
 from batchpipe.types import Int32Array, SequenceStart, Step, TokenLogprobs
 
-# Colder than this is greedy: dividing float32 logits by less overflows before it changes a choice.
+# Lower temperatures are greedy: dividing float32 logits by them would overflow before it changed a choice.
 _COLDEST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """token_ids [N]: -1 where a row's logits were not finite; `logprobs` by sequence id, only where asked for."""
+    """token_ids [N], -1 for logits that are not finite; `logprobs` by sequence id, of the sequences that want them."""
 
     token_ids: Int32Array
     logprobs: dict[int, TokenLogprobs]
 
 
 class Sampler:
-    """Draws tokens; holds what each running sequence's settings need to know of its past.
+    """Samples tokens, and keeps for each running sequence the state that its sampling settings need.
 
-    Every sequence is announced by `start`, again after a preemption, and forgotten by `release`.
+    Call `start` before a sequence's first step, also after a preemption, and `release` when it ends or is preempted.
     """
 
     def __init__(self, vocabulary_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -86,7 +86,7 @@ class Sampler:
         return SampledTokens(token_ids, logprobs)
 
     def _sample_row(self, logits: Tensor, sequence: _Sequence, uniform: float) -> int:
-        """logits [V] -> one token, or INVALID_TOKEN where the settings leave none possible."""
+        """logits [V] -> one token, or INVALID_TOKEN if the settings leave none possible."""
         values = self._row(logits)
         sequence.adjust(values)
         best_token = int(values.argmax())
@@ -108,7 +108,7 @@ class Sampler:
 
     def _row(self, logits: Tensor) -> NDArray[np.float32]:
         """logits [V] in float32, in a buffer that the next call overwrites."""
-        # numpy alone: torch would wake its threads for every row, which is slow where others keep the cores busy.
+        # numpy only: torch would wake its threads for every row, which is slow while the cores are busy.
         if logits.dtype == torch.bfloat16:
             bits = logits.view(torch.int16).numpy().view(np.uint16)
             np.left_shift(bits, 16, out=self._values.view(np.uint32), dtype=np.uint32)
@@ -118,7 +118,7 @@ class Sampler:
 
 
 class _Sequence:
-    """Settings and past of one running sequence."""
+    """Sampling settings and state of one running sequence."""
 
     def __init__(self, start: SequenceStart, eos_token_ids: tuple[int, ...]) -> None:
         sampling = start.sampling
@@ -139,7 +139,7 @@ class _Sequence:
 
     @property
     def plain(self) -> bool:
-        """The most likely token as the model has it is the answer of this step, and nothing more is asked."""
+        """Whether this step's token is the argmax of the unchanged logits, without log probabilities."""
         return not self._adjusts_always and self.num_generated >= self.sampling.min_tokens
 
     def adjust(self, values: NDArray[np.float32]) -> None:
@@ -152,7 +152,7 @@ class _Sequence:
             self._penalties.apply(values)
 
     def observe(self, token_id: int) -> None:
-        """Note the token that this step generated."""
+        """Updates the state with the token that this step generated."""
         self.num_generated += 1
         if self._penalties:
             self._penalties.observe(token_id)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-# A character is at most four byte tokens: more tokens than this without whole text are not the start of a character.
+# A character has at most four bytes, so more tokens than this that give no complete text do not begin a character.
 _MAX_PENDING_TOKENS = 8
 _UNFINISHED = "\ufffd"
 
 
 class StopStrings:
-    """Watches one sequence for its stop strings; fed every generated token once, in order, also across preemptions.
+    """Watches one sequence for its stop strings. `feed` takes every generated token once, in order, across preemptions.
 
-    `decode` gives the text of tokens without special tokens. A token alone does not decode as it does behind others
-    (spaces, bytes of one character), so the last tokens that made whole text are decoded again before the new ones;
-    the text is what they add. A find is confirmed, and its place taken, in the text of all tokens, once. So a token
-    costs two short decodes, however long the text.
+    `decode` gives the text of tokens without special tokens. A token's text depends on the tokens before it (spaces,
+    characters of several tokens), so the last tokens that gave complete text are decoded together with the new ones,
+    and the new text is what these add. This takes two short decodes per token, whatever the length of the text. A match
+    is confirmed and located once, in the decoded text of all tokens.
 
-    A stop string whose last character is of the first `min_tokens` tokens does not count.
+    A match that ends within the first `min_tokens` tokens does not count.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: tuple[str, ...], min_tokens: int) -> None:
@@ -27,13 +27,13 @@ class StopStrings:
         self._min_tokens = min_tokens
         self._longest = max(len(text) for text in stop)
         self._token_ids: list[int] = []
-        self._window: list[int] = []  # the last tokens that made whole text, then the pending ones
-        self._num_context_tokens = 0  # of the window, those before the pending ones
-        self._context_length = 0  # characters that they decode to
+        self._window: list[int] = []  # the last tokens that gave complete text, then the pending ones
+        self._num_context_tokens = 0  # tokens of the window before the pending ones
+        self._context_length = 0  # number of characters of their text
         self._tail = ""  # the last characters of the text before the pending tokens
 
     def feed(self, token_id: int) -> int | None:
-        """Take the next token; the number of characters of the whole text to keep, once a stop string is in it."""
+        """Takes the next token; returns the number of characters to keep once the text has a stop string, else None."""
         self._token_ids.append(token_id)
         self._window.append(token_id)
         fresh = self._decode(self._window)[self._context_length :]
@@ -46,11 +46,11 @@ class StopStrings:
         if fresh and (not fresh.endswith(_UNFINISHED) or num_pending > _MAX_PENDING_TOKENS):
             self._advance(fresh)
         elif not fresh and num_pending > _MAX_PENDING_TOKENS:
-            self._window.pop()  # special tokens, many in a row: without text, and without a bearing on what follows
+            self._window.pop()  # a special token in a run of many, without text or influence on later text
         return found
 
     def _advance(self, fresh: str) -> None:
-        """The pending tokens made whole text: they become the context of the next ones."""
+        """The pending tokens gave complete text, so they become the context of the next ones."""
         self._tail = (self._tail + fresh)[-self._longest :]
         self._window = self._window[self._num_context_tokens :]
         self._num_context_tokens = len(self._window)

@@ -17,9 +17,9 @@ _NUM_GROUPS = 4000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Measures over rows whose real and predicted lengths are both cut at `max_tokens`, as a run with that limit does.
+    """Measures over rows, with real and predicted lengths both cut at `max_tokens`, as a run with that limit does.
 
-    accuracy: share of rows whose length is in the most likely quantile of their class; the quantiles are those of
+    accuracy: share of rows with a length in the most likely quantile of their class; the quantiles are those of
     `train.QUANTILES`. Rows that were cut too early to know their quantile do not count; None if no row counts.
     bias: predicted sum over all rows / real sum - 1.
     group_sum_error: mean of |predicted sum / real sum - 1| over random groups of `group_rows` different rows;

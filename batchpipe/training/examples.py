@@ -42,10 +42,10 @@ class Examples:
 def read_examples(
     sources: Sequence[Path], tokenizer: Tokenizer, input_spec: InputSpec, *, length_column: str | None = None
 ) -> Examples:
-    """All rows with a length. Prompts are rendered as a run with `input_spec` would, whose paths are ignored.
+    """All rows with a length. Prompts are rendered as by a run with `input_spec`, apart from its paths.
 
     A source is an output folder that carries the columns which prompts are made of, or a JSONL or Parquet file.
-    `length_column` None means completion_tokens, or out_tok if that is missing. A row whose finish_reason is "length"
+    `length_column` None means completion_tokens, or out_tok if that is missing. A row with finish_reason "length"
     was cut; failed rows have no length and are skipped. Raises InputError if a source cannot be read or lacks a
     column, or if no row is usable, and JobError if the chat template does not suit.
     """

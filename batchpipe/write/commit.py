@@ -1,7 +1,7 @@
 """What a committed part is, and the log of committed parts.
 
 A part is committed as soon as it has its final name: before, it was synced and read back under a temporary name. The
-log spares a resumed run the reading of every part; a part whose record is lost is read again.
+log spares a resumed run the reading of every part; a part without a record is read again.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class JsonColumn:
     keeps_strings: bool = False  # if `accepted` is None: strings are not written as JSON
 
     def array(self, values: Sequence[Any]) -> tuple[pa.Array, dict[int, RowError]]:
-        """The values as an array [N], with null for a value of another type, whose fault is given by position."""
+        """The values as an array [N], with null for each value of another type, and the faults of these by position."""
         if self.accepted is None:
             return pa.array([self._as_text(value) for value in values], self.arrow_type), {}
         if set(map(type, values)) <= self.accepted | {type(None)}:

@@ -88,7 +88,7 @@ def open_lines(file: InputFile) -> Iterator[LineFile]:
 
 def _check_not_utf16(head: bytes, path: str) -> None:
     has_mark = head[:2] in (b"\xff\xfe", b"\xfe\xff")
-    if has_mark or b"\0" in head[:2]:  # JSON begins with an ASCII character, of whose two bytes in UTF-16 one is zero
+    if has_mark or b"\0" in head[:2]:  # in UTF-16 one byte of the ASCII character that begins JSON is zero
         raise InputError(f"input.path: {path} is UTF-16; JSON Lines are UTF-8, convert it (iconv -f UTF-16 -t UTF-8)")
 
 
@@ -138,7 +138,7 @@ def _fault(where: str, line: bytes | None, error: orjson.JSONDecodeError) -> Row
 def _positions_given_twice(
     lines: Sequence[bytes | None], rows: Sequence[JsonRow], line_numbers: Sequence[int], first_line: int, key: str
 ) -> list[int]:
-    """Positions of rows whose line holds `key` twice at its top level.
+    """Positions of rows that hold `key` twice at the top level of their line.
 
     Counting the key's bytes in all lines is cheap and shows that no line does; only if the count is too high are the
     lines that contain the bytes twice parsed again.
