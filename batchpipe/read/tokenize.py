@@ -58,7 +58,12 @@ def tokenized(
     The texts of BATCH_ROWS rows are encoded at once.
     """
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        prompts = [[] if isinstance(row, FailedRow) else _rendered(row.values, renderer) for row in batch]
+        prompts: list[str | list[int] | RowError] = []
+        for row in batch:
+            try:
+                prompts.append([] if isinstance(row, FailedRow) else renderer.render(row.values))
+            except RowError as error:
+                prompts.append(error)
         encoded = iter(renderer.encode([prompt for prompt in prompts if isinstance(prompt, str)]))
         for row, prompt in zip(batch, prompts, strict=True):
             yield row, next(encoded) if isinstance(prompt, str) else prompt
@@ -103,13 +108,6 @@ class _RowSampling:
 
 def _refuse(message: str, cause: Exception | None = None) -> NoReturn:
     raise RowError(ErrorCode.INVALID_SAMPLING, message) from cause
-
-
-def _rendered(values: Mapping[str, Any], renderer: Renderer) -> str | list[int] | RowError:
-    try:
-        return renderer.render(values)
-    except RowError as error:
-        return error
 
 
 def _check_prompt(token_ids: list[int], max_context_tokens: int, vocabulary_size: int) -> None:

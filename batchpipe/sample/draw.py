@@ -77,7 +77,7 @@ def _draw_weighted(weights: NDArray[np.float32], top_p: float, min_p: float, uni
 
 
 def _group_sums(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sums of G groups, of the indices g, g + G, g + 2G ... so that they can be added row by row, and of the remainder."""
+    """Sums of G groups of indices g, g + G, g + 2G ..., which can be added row by row, and of the remainder."""
     num_groups = len(weights) // _TOKENS_PER_GROUP
     grouped = weights[: num_groups * _TOKENS_PER_GROUP].reshape(_TOKENS_PER_GROUP, num_groups)
     remainder = weights[num_groups * _TOKENS_PER_GROUP :]

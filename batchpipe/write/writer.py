@@ -59,7 +59,10 @@ class CompletionWriter:
             end = self._end_of_part(outcomes, start)
             self._append(to_batch(outcomes[start:end], self._folder.schema))
             start = end
-        self._sync_when_due()
+        now_seconds = time.monotonic()
+        if self._log is not None and now_seconds - self._last_sync_seconds >= SYNC_SECONDS:
+            self._last_sync_seconds = now_seconds
+            self._in_background(self._log.sync)
 
     def finish(self, total_rows: int) -> None:
         """Commits the last part and declares the output complete; `total_rows` is the number of input rows."""
@@ -70,6 +73,7 @@ class CompletionWriter:
         self._folder.finish(total_rows)
 
     def _end_of_part(self, outcomes: Sequence[Outcome], start: int) -> int:
+        """The end of the outcomes from `start` on that still belong to the current part."""
         num_rows = self._num_pending_rows
         for end in range(start, len(outcomes)):
             if num_rows >= self._part_rows:
@@ -97,12 +101,6 @@ class CompletionWriter:
         self._pending = []
         self._num_pending_rows = 0
         self._part_number += 1
-
-    def _sync_when_due(self) -> None:
-        now_seconds = time.monotonic()
-        if self._log is not None and now_seconds - self._last_sync_seconds >= SYNC_SECONDS:
-            self._last_sync_seconds = now_seconds
-            self._in_background(self._log.sync)
 
     def _in_background(self, task: Callable[..., None], *args: object) -> None:
         self._background.append(self._executor.submit(task, *args))

@@ -67,12 +67,11 @@ def infer_columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> li
 
 
 def _infer(name: str, values: Sequence[Any]) -> JsonColumn:
-    if not values:
-        return JsonColumn(name, pa.string(), None, keeps_strings=True)
+    kinds = set(map(type, values))
     for arrow_type, accepted in _ACCEPTED.items():
-        if set(map(type, values)) <= accepted and all(_fits(value, arrow_type) for value in values):
+        if kinds and kinds <= accepted and all(_fits(value, arrow_type) for value in values):
             return JsonColumn(name, arrow_type, frozenset(accepted))
-    return JsonColumn(name, pa.string(), None)
+    return JsonColumn(name, pa.string(), None, keeps_strings=not values)
 
 
 def _fits(value: Any, arrow_type: pa.DataType) -> bool:

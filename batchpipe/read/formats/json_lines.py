@@ -79,17 +79,15 @@ def open_lines(file: InputFile) -> Iterator[LineFile]:
             is_in_fact = f"it holds {found} data" if found else f"it does not hold {named} data"
             raise InputError(f"input.path: {file.path} has the wrong suffix: {is_in_fact}; rename it")
         if found is None:
-            _check_not_utf16(head, file.path)
+            # A byte order mark shows UTF-16, and so does a zero beside the ASCII character that begins JSON.
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:2]:
+                raise InputError(
+                    f"input.path: {file.path} is UTF-16; JSON Lines are UTF-8, convert it (iconv -f UTF-16 -t UTF-8)"
+                )
             yield LineFile(file, raw, raw)
         else:
             with pa.CompressedInputStream(raw, found) as stream:
                 yield LineFile(file, raw, stream)
-
-
-def _check_not_utf16(head: bytes, path: str) -> None:
-    has_mark = head[:2] in (b"\xff\xfe", b"\xfe\xff")
-    if has_mark or b"\0" in head[:2]:  # in UTF-16 one byte of the ASCII character that begins JSON is zero
-        raise InputError(f"input.path: {path} is UTF-16; JSON Lines are UTF-8, convert it (iconv -f UTF-16 -t UTF-8)")
 
 
 def parse_lines(

@@ -118,7 +118,10 @@ class HivePartitions:
     """The partition columns of a set of files: int64 if all values are whole numbers, else text."""
 
     def __init__(self, files: Sequence[InputFile]) -> None:
-        self._texts = {file.path: _folder_values(file) for file in files}
+        self._texts: dict[str, dict[str, str | None]] = {}
+        for file in files:
+            pairs = [folder.partition("=") for folder in file.relative.split("/")[:-1] if "=" in folder]
+            self._texts[file.path] = {name: None if text == _NULL else unquote(text) for name, _, text in pairs}
         names = list(self._texts[files[0].path])
         for path, texts in self._texts.items():
             if list(texts) != names:
@@ -135,11 +138,6 @@ class HivePartitions:
             values = pa.repeat(pa.scalar(value, column.type), batch.num_rows)
             batch = batch.append_column(column, values)
         return batch
-
-
-def _folder_values(file: InputFile) -> dict[str, str | None]:
-    pairs = [folder.partition("=") for folder in file.relative.split("/")[:-1] if "=" in folder]
-    return {name: None if text == _NULL else unquote(text) for name, _, text in pairs}
 
 
 def _type_of(texts: Sequence[str | None]) -> pa.DataType:
