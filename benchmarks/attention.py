@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -81,7 +82,7 @@ def main() -> None:
     decode_seconds, prefill_seconds, read_seconds = [], [], []
     for _ in range(arguments.rounds):
         read_seconds.append(seconds(memory.sum))
-        decode_seconds += [seconds(lambda layer=layer: decode(layer)) for layer in range(arguments.layers)]
+        decode_seconds += [seconds(partial(decode, layer)) for layer in range(arguments.layers)]
         prefill_seconds.append(seconds(lambda: prefill(0)))
     kv_bytes = 2 * arguments.sequences * arguments.context * arguments.kv_heads * arguments.head_dim
     kv_bytes *= getattr(torch, arguments.dtype).itemsize

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,9 @@ from batchpipe.placement.open import stage_layers, stage_specs
 from batchpipe.runner.engine import Engine
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import Capacity, Carried, Request, RowKey
+
+if TYPE_CHECKING:
+    from transformers._typing import GenerativePreTrainedModel
 
 NO_COLUMNS = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
 STEP_TOKENS = 512
@@ -61,7 +65,7 @@ SHORT = [Setting(stages, 16, 25) for stages in (1, 3)] + [
 
 
 def expected_tokens(folder: Path, prompts: Sequence[list[int]], num_new_tokens: int) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = cast("GenerativePreTrainedModel", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     texts = []
     with torch.inference_mode():
         for prompt in prompts:
@@ -69,6 +73,7 @@ def expected_tokens(folder: Path, prompts: Sequence[list[int]], num_new_tokens: 
             tokens = model.generate(
                 torch.tensor([prompt]), attention_mask=mask, do_sample=False, max_new_tokens=num_new_tokens
             )
+            assert isinstance(tokens, torch.Tensor)
             texts.append(tokens[0, len(prompt) :].tolist())
     return texts
 

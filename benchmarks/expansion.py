@@ -16,8 +16,6 @@ from pathlib import Path
 from statistics import mean
 from unittest.mock import patch
 
-from replay_cases import EOS_TOKEN_ID, Lengths, ReplayPredictor, read_lengths, requests_of
-
 from batchpipe.cost.model import CostModel
 from batchpipe.cost.profile import load_profile
 from batchpipe.cost.profile_cost import ProfileCost
@@ -25,6 +23,7 @@ from batchpipe.pipeline.simulated import SimulatedPipeline
 from batchpipe.runner.simulate import simulate
 from batchpipe.scheduler.offload.prefetch_budget import PrefetchBudget
 from batchpipe.types import Capacity
+from benchmarks.replay_cases import EOS_TOKEN_ID, Lengths, ReplayPredictor, read_lengths, requests_of
 
 BLOCK_TOKENS = 64
 MAX_STEP_TOKENS = 512

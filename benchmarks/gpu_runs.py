@@ -13,18 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from replay_cases import EOS_TOKEN_ID, Lengths, columns_of, lines_of, requests_of
 
-from batchpipe.cost.model import StepWork
+from batchpipe.cost.model import KvLink, StepWork
 from batchpipe.pipeline.simulated import SimulatedPipeline
 from batchpipe.runner.simulate import simulate
 from batchpipe.types import Capacity
+from benchmarks.replay_cases import EOS_TOKEN_ID, Lengths, columns_of, lines_of, requests_of
 
 NUM_LAYERS = 32
 KV_BYTES_PER_TOKEN = 32 * 2 * 8 * 128 * 2
@@ -102,6 +103,7 @@ class TableCost:
 
     num_stages = 1
     control_seconds = 0.0
+    kv_links: Sequence[KvLink] = ()  # all KV is on the device
 
     def __init__(self, folder: Path) -> None:
         self._layer = read_kernels(folder / "dense.csv", "tokens", LAYER_KERNELS)

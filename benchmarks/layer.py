@@ -12,6 +12,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -64,8 +65,7 @@ def products_alone(stage: StageModel, rows: int, *, packed: bool) -> Callable[[]
     layers = [module for module in stage.model.base_model.modules() if type(module) is nn.Linear]
     sizes = {layer.in_features: torch.randn(1, rows, layer.in_features).bfloat16() for layer in layers}
     calls: list[Callable[[torch.Tensor], object]] = [
-        PackedLinear([layer]) if packed else (lambda hidden, layer=layer: linear(hidden, layer.weight))
-        for layer in layers
+        PackedLinear([layer]) if packed else partial(linear, weight=layer.weight) for layer in layers
     ]
     pairs = [(call, sizes[layer.in_features]) for call, layer in zip(calls, layers, strict=True)]
 

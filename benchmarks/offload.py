@@ -128,7 +128,8 @@ def main() -> None:
 
     def ratio(first: str, second: str) -> float:
         pairs = zip(runs[first], runs[second], strict=True)
-        return statistics.median(a["output_tokens_per_second"] / b["output_tokens_per_second"] for a, b in pairs)
+        ratios: list[float] = [a["output_tokens_per_second"] / b["output_tokens_per_second"] for a, b in pairs]
+        return statistics.median(ratios)
 
     summary = {
         "settings": vars(args),

@@ -19,7 +19,6 @@ from pathlib import Path
 from timeit import timeit
 
 import numpy as np
-from replay_cases import EOS_TOKEN_ID, Lengths, ReplayPredictor, columns_of, read_lengths, requests_of
 
 from batchpipe.cost.hardware import load_hardware
 from batchpipe.cost.model_shape import KNOWN_SHAPES
@@ -42,6 +41,7 @@ from batchpipe.scheduler.policies.schedules import SCHEDULES
 from batchpipe.scheduler.policies.td_pipe import TdPipe
 from batchpipe.scheduler.state import SchedulerState
 from batchpipe.types import Capacity
+from benchmarks.replay_cases import EOS_TOKEN_ID, Lengths, ReplayPredictor, columns_of, read_lengths, requests_of
 
 MODEL = "Llama-2-70B"
 MACHINES = ("8xrtx5090", "8xl20")
@@ -192,7 +192,7 @@ def circulated(node: Node, manner: Manner, lengths: Lengths, link_share: float =
     assert circulation.done and (circulation.residency.context_tokens == prompt + output - 1).all()
     second_quarter = slice(len(run.batch_blocks) // 4, len(run.batch_blocks) // 2)
     all_resident_blocks = node.tiers.device_blocks / manner.num_batches
-    budget = prefetch_budget_bytes(np.mean(run.step_seconds[second_quarter]), node.tiers.load_bytes_per_second)
+    budget = prefetch_budget_bytes(float(np.mean(run.step_seconds[second_quarter])), node.tiers.load_bytes_per_second)
     budget_blocks = manner.fixed_budget_blocks or budget / node.tiers.block_bytes
     law = batch_capacity_blocks(node.tiers.device_blocks, budget_blocks, manner.num_batches, manner.num_buffers)
     return {

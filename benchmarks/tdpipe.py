@@ -23,11 +23,10 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from replay_cases import EOS_TOKEN_ID, L20, MODELS, CurveCost, ReplayPredictor, read_lengths, requests_of
-
 from batchpipe.pipeline.simulated import SimulatedPipeline, SimulatedStages
 from batchpipe.runner.simulate import simulate
 from batchpipe.types import Capacity
+from benchmarks.replay_cases import EOS_TOKEN_ID, L20, MODELS, CurveCost, ReplayPredictor, read_lengths, requests_of
 
 SYSTEMS = (
     "engines/separate", "engines/hybrid", "tensor/separate", "tensor/hybrid", "pipeline/separate", "pipeline/hybrid",

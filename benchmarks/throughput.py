@@ -66,7 +66,7 @@ def main() -> None:
         if args.peer:
             peer.append(timed(shlex.split(args.peer)))
             print("peer     ", json.dumps(peer[-1]), file=sys.stderr)
-    summary = {
+    summary: dict[str, float | list[float]] = {
         "output_tokens_per_second": statistics.median(run["output_tokens_per_second"] for run in own),
         "command_seconds": statistics.median(run["command_seconds"] for run in own),
     }

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from replay_cases import EOS_TOKEN_ID, Lengths, requests_of
 
 from batchpipe.cost.model import KvLink, StepWork
 from batchpipe.pipeline.simulated import SimulatedPipeline
 from batchpipe.sample.rng import stream_of
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import Capacity, Step, StepResult
+from benchmarks.replay_cases import EOS_TOKEN_ID, Lengths, requests_of
 
 NUM_ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 60, 34, 14
 STEP_SECONDS = 0.010

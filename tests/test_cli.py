@@ -2,37 +2,41 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 import batchpipe
 from batchpipe.cli import main
 from batchpipe.commands.doctor import Finding
 from batchpipe.errors import InterruptedRunError, ModelError, OutputError
+from batchpipe.job import Job
 
 JOB = "model: {name: some/model}\ninput: {path: rows.jsonl}\noutput: {path: out}\n"
 
 
 @pytest.fixture
-def job_path(tmp_path):
+def job_path(tmp_path: Path) -> str:
     path = tmp_path / "job.yaml"
     path.write_text(JOB)
     return str(path)
 
 
-def invoke(*arguments, **options):
-    return CliRunner().invoke(main, arguments, prog_name="batchpipe", **options)
+def invoke(*arguments: str, env: Mapping[str, str] | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="batchpipe", env=env)
 
 
-def python(*arguments):
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["validate", "--help"]])
-def test_help_loads_nothing_heavy(arguments):
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     check = (
         "import sys; from batchpipe.cli import main; main(sys.argv[1:], standalone_mode=False);"
         "print([m for m in ('torch', 'pyarrow', 'transformers', 'pydantic', 'numpy') if m in sys.modules])"
@@ -42,23 +46,26 @@ def test_help_loads_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_python_m_batchpipe_is_the_command():
+def test_python_m_batchpipe_is_the_command() -> None:
     done = python("-m", "batchpipe", "--version")
     assert (done.returncode, done.stdout) == (0, f"batchpipe {batchpipe.__version__}\n")
 
 
-def test_commands_are_these():
+def test_commands_are_these() -> None:
     assert sorted(main.commands) == [
         *("doctor", "plan", "predictor", "profile", "run", "schema", "status", "validate"),
     ]
-    assert sorted(main.commands["predictor"].commands) == ["evaluate", "train"]
+    predictor = main.commands["predictor"]
+    assert isinstance(predictor, click.Group) and sorted(predictor.commands) == ["evaluate", "train"]
     assert [option.name for option in main.commands["run"].params] == ["job_path", "overrides", "fresh"]
 
 
-def test_run_prints_one_json_line_and_ends_with_the_results_code(job_path, monkeypatch):
+def test_run_prints_one_json_line_and_ends_with_the_results_code(
+    job_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
-    def run(job, *, fresh):
+    def run(job: Job, *, fresh: bool) -> SimpleNamespace:
         calls.append((job, fresh))
         return SimpleNamespace(summary={"rows_total": 3, "rows_failed": 1}, exit_code=3)
 
@@ -73,8 +80,10 @@ def test_run_prints_one_json_line_and_ends_with_the_results_code(job_path, monke
     ("error", "code"),
     [(ModelError("no such model"), 6), (OutputError("in use"), 8), (InterruptedRunError("stopped; run it again"), 75)],
 )
-def test_an_error_of_ours_ends_with_its_code_and_message(job_path, monkeypatch, error, code):
-    def run(job, *, fresh):
+def test_an_error_of_ours_ends_with_its_code_and_message(
+    job_path: str, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def run(job: Job, *, fresh: bool) -> None:
         raise error
 
     monkeypatch.setattr(batchpipe, "run", run)
@@ -82,8 +91,8 @@ def test_an_error_of_ours_ends_with_its_code_and_message(job_path, monkeypatch, 
     assert (done.exit_code, done.stdout, done.stderr) == (code, "", f"batchpipe: {error}\n")
 
 
-def test_a_key_pressed_before_the_run_began_loses_nothing(job_path, monkeypatch):
-    def run(job, *, fresh):
+def test_a_key_pressed_before_the_run_began_loses_nothing(job_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: Job, *, fresh: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batchpipe, "run", run)
@@ -92,7 +101,7 @@ def test_a_key_pressed_before_the_run_began_loses_nothing(job_path, monkeypatch)
     assert done.stderr == "batchpipe: interrupted; the same command starts or continues the job\n"
 
 
-def test_a_crash_of_ours_shows_its_traceback(job_path):
+def test_a_crash_of_ours_shows_its_traceback(job_path: str) -> None:
     crash = (
         "import sys, batchpipe\nfrom batchpipe.cli import main\n"
         "def run(job, *, fresh): raise ZeroDivisionError('ours')\n"
@@ -105,7 +114,7 @@ def test_a_crash_of_ours_shows_its_traceback(job_path):
 
 
 @pytest.mark.parametrize("command", ["run", "validate"])
-def test_a_wrong_job_file_ends_with_2_before_anything_is_loaded(tmp_path, command):
+def test_a_wrong_job_file_ends_with_2_before_anything_is_loaded(tmp_path: Path, command: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(JOB + "engin: {}\n")
     done = invoke(command, str(path))
@@ -114,12 +123,14 @@ def test_a_wrong_job_file_ends_with_2_before_anything_is_loaded(tmp_path, comman
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["rum"], ["run", "a", "b"], ["run", "--fresch", "a"]])
-def test_wrong_usage_ends_with_2(arguments):
+def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     assert invoke(*arguments).exit_code == 2
 
 
 @pytest.mark.parametrize(("failed", "code"), [(0, 0), (2, 3)])
-def test_validate_reports_rows_and_problems(job_path, monkeypatch, failed, code):
+def test_validate_reports_rows_and_problems(
+    job_path: str, monkeypatch: pytest.MonkeyPatch, failed: int, code: int
+) -> None:
     report = {"rows": 5, "failed": failed, "problems": ["row 3: empty_prompt"] * failed}
     fake = SimpleNamespace(validate_job=lambda job: report)
     monkeypatch.setitem(sys.modules, "batchpipe.commands.validate", fake)
@@ -128,7 +139,7 @@ def test_validate_reports_rows_and_problems(job_path, monkeypatch, failed, code)
     assert done.stderr == "row 3: empty_prompt\n" * failed
 
 
-def test_status_prints_what_is_known_of_a_folder(tmp_path, monkeypatch):
+def test_status_prints_what_is_known_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started_at = datetime(2024, 1, 31, tzinfo=UTC)
     fake = SimpleNamespace(status_of=lambda folder: {"folder": folder.name, "last_run": {"started_at": started_at}})
     monkeypatch.setitem(sys.modules, "batchpipe.commands.status", fake)
@@ -139,7 +150,7 @@ def test_status_prints_what_is_known_of_a_folder(tmp_path, monkeypatch):
     )
 
 
-def test_schema_is_a_json_schema():
+def test_schema_is_a_json_schema() -> None:
     done = invoke("schema")
     schema = json.loads(done.stdout)
     assert done.exit_code == 0
@@ -148,7 +159,7 @@ def test_schema_is_a_json_schema():
 
 
 @pytest.mark.parametrize(("is_broken", "code"), [(False, 0), (True, 1)])
-def test_doctor_says_what_is_broken(monkeypatch, is_broken, code):
+def test_doctor_says_what_is_broken(monkeypatch: pytest.MonkeyPatch, is_broken: bool, code: int) -> None:
     findings = [Finding("cpu", 2, "2 cores"), Finding("cache folder", "/c", "/c", "move it", is_broken=is_broken)]
     monkeypatch.setattr("batchpipe.commands.doctor.examine", lambda: findings)
     done = invoke("doctor")
@@ -159,14 +170,14 @@ def test_doctor_says_what_is_broken(monkeypatch, is_broken, code):
     ]
 
 
-def test_log_level_comes_from_the_environment(monkeypatch):
+def test_log_level_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {}
     monkeypatch.setattr(logging, "basicConfig", lambda **given: settings.update(given))
     assert invoke("schema", env={"BATCHPIPE_LOG_LEVEL": "info"}).exit_code == 0
     assert settings["level"] == "INFO"
 
 
-def test_unknown_log_level_is_wrong_usage():
+def test_unknown_log_level_is_wrong_usage() -> None:
     done = invoke("schema", env={"BATCHPIPE_LOG_LEVEL": "loud"})
     assert done.exit_code == 2
     assert "BATCHPIPE_LOG_LEVEL: 'LOUD' is not one of DEBUG, INFO" in done.stderr

@@ -78,7 +78,7 @@ class KvPool:
 
     def unpin(self) -> None:
         """Once for a pinned pool, when no GPU uses it any more and before its memory goes."""
-        error = torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())  # type: ignore[no-untyped-call]
+        error = torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())
         assert int(error) == 0, f"cudaHostUnregister: {error}"
 
     @property
@@ -103,7 +103,7 @@ def _zero_pages(num_bytes: int, asked_by: str) -> torch.Tensor:
 
 def _pin(pages: torch.Tensor, asked_by: str) -> None:
     """In place: torch's own pinned memory comes in powers of two, up to twice what is asked for."""
-    error = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)  # type: ignore[no-untyped-call]
+    error = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)
     if int(error) != 0:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         limited = "" if limit == resource.RLIM_INFINITY else f" (`ulimit -l` is {limit / 2**30:.1f} GiB)"

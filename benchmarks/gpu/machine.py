@@ -48,7 +48,7 @@ def _gpu() -> dict[str, Any]:
         "multiprocessors": gpu.multi_processor_count,
         "free_bytes": free_bytes,
         "total_bytes": total_bytes,
-        "nccl": str(torch.cuda.nccl.version()),  # type: ignore[no-untyped-call]
+        "nccl": str(torch.cuda.nccl.version()),
     }
 
 

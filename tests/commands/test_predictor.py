@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pytest
@@ -20,7 +20,14 @@ from batchpipe.types import Request
 from tests.runner.test_run import good_rows, job_of, open_fake
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
-NO_COLUMNS = {"prompt_column": None, "length_column": None}
+
+class Columns(TypedDict):
+    prompt_column: str | None
+    length_column: str | None
+
+
+COLUMNS = Columns(prompt_column="prompt", length_column=None)
+NO_COLUMNS = Columns(prompt_column=None, length_column=None)
 
 
 def write_rows(path: Path, seed: int) -> Path:
@@ -40,14 +47,13 @@ def test_train_then_evaluate(tmp_path: Path) -> None:
     (model / "config.json").write_text('{"model_type": "llama"}')
     save_file({"x": np.zeros(1)}, model / "model.safetensors")  # its weights are never read
     output = tmp_path / "trained.safetensors"
-    columns = {"prompt_column": "prompt", "length_column": None}
-    trained = train_command([write_rows(tmp_path / "past.jsonl", 1)], str(model), output, **columns)
+    trained = train_command([write_rows(tmp_path / "past.jsonl", 1)], str(model), output, **COLUMNS)
     assert trained["rows"] == 400 and trained["rows_cut"] == 0 and output.is_file()
     other = write_rows(tmp_path / "other.jsonl", 2)
-    result = evaluate_command(output, [other], str(model), max_tokens=None, **columns)
+    result = evaluate_command(output, [other], str(model), max_tokens=None, **COLUMNS)
     assert json.loads(json.dumps(result)) == result
     assert result["num_rows"] == 400 and result["accuracy"] > 0.6 and abs(result["bias"]) < 0.15
-    limited = evaluate_command(output, [other], str(model), max_tokens=10, **columns)
+    limited = evaluate_command(output, [other], str(model), max_tokens=10, **COLUMNS)
     assert limited["mean_absolute_error_tokens"] < 2.5  # 1 or 10 tokens; the mean of both is 4.5 off
 
 

@@ -78,7 +78,9 @@ def job_with(section: str, **keys: Any) -> dict[str, Any]:
         ("output", "max_failed_fraction", 1.01, "1.01 is not a number from 0 to 1"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_path_and_what_is_accepted(section, key, value, words):
+def test_a_wrong_value_is_named_with_its_path_and_what_is_accepted(
+    section: str, key: str, value: object, words: str
+) -> None:
     with pytest.raises(JobError) as refusal:
         load_job(job_with(section, **{key: value}))
     lines = str(refusal.value).splitlines()[1:]
@@ -87,34 +89,34 @@ def test_a_wrong_value_is_named_with_its_path_and_what_is_accepted(section, key,
     assert words in lines[0]
 
 
-def test_version_is_one():
+def test_version_is_one() -> None:
     for wrong in (2, True, "1"):
         with pytest.raises(JobError, match="version: .* is not 1, the only version there is"):
             load_job({**MINIMAL, "version": wrong})
 
 
-def test_template_and_messages_column_exclude_each_other():
+def test_template_and_messages_column_exclude_each_other() -> None:
     with pytest.raises(JobError, match="input.template: is set beside messages_column; keep one of them"):
         load_job(job_with("input", template="{a}", messages_column="chat"))
 
 
 @pytest.mark.parametrize("offload", ["auto", "none", "batch", "layer"])
-def test_offload_with_host_memory(offload):
+def test_offload_with_host_memory(offload: str) -> None:
     engine = load_job(job_with("engine", offload=offload, kv_host_memory="1.5GiB")).engine
     assert (engine.offload, engine.kv_host_memory) == (offload, 3 << 29)
 
 
 @pytest.mark.parametrize("offload", ["auto", "none"])
-def test_offload_without_host_memory_is_one_tier(offload):
+def test_offload_without_host_memory_is_one_tier(offload: str) -> None:
     assert load_job(job_with("engine", offload=offload)).engine.kv_host_memory == 0
 
 
-def test_greedy_beside_a_filter_is_no_mistake():
+def test_greedy_beside_a_filter_is_no_mistake() -> None:
     sampling = load_job(job_with("sampling", temperature=0, top_p=0.5, top_k=10**9)).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.0, 0.5, 10**9)
 
 
-def test_what_is_accepted_is_normalised():
+def test_what_is_accepted_is_normalised() -> None:
     job = load_job(
         {
             **MINIMAL,
@@ -134,23 +136,23 @@ def test_what_is_accepted_is_normalised():
     ("text", "size_bytes"),
     [("4GiB", 4 << 30), ("512MiB", 512 << 20), ("64 KiB", 65536), ("1TiB", 1 << 40), ("1024", 1024), ("7B", 7)],
 )
-def test_sizes(text, size_bytes):
+def test_sizes(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
 
 
 @pytest.mark.parametrize("text", ["4GB", "4G", "GiB", "-1GiB", "1e3", "4 gib", "", "0.3B", "1_000"])
-def test_a_size_that_could_be_misread_is_refused(text):
+def test_a_size_that_could_be_misread_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a"):
         parse_size(text)
 
 
-def test_a_job_cannot_be_changed():
+def test_a_job_cannot_be_changed() -> None:
     job = load_job(MINIMAL)
     with pytest.raises(ValidationError, match="frozen"):
-        job.sampling.seed = 3  # type: ignore[misc]
+        job.sampling.seed = 3
 
 
-def test_every_key_is_explained_in_the_schema():
+def test_every_key_is_explained_in_the_schema() -> None:
     schema = job_schema()
     json.dumps(schema)
     for model in [schema, *schema["$defs"].values()]:
@@ -160,17 +162,17 @@ def test_every_key_is_explained_in_the_schema():
             assert "description" in described or "$ref" in described, key
 
 
-def test_every_key_that_a_row_cannot_override_is_column():
+def test_every_key_that_a_row_cannot_override_is_column() -> None:
     assert set(Sampling.model_fields) - set(Sampling().params().__slots__) == {"column"}
 
 
-def test_key_paths_reach_into_sections():
+def test_key_paths_reach_into_sections() -> None:
     paths = key_paths(Job)
     assert "engine.num_stages" in paths
     assert "version" in paths
     assert "engine" not in paths
 
 
-def test_a_long_value_is_cut():
+def test_a_long_value_is_cut() -> None:
     assert len(shown("x" * 1000)) < 100
     assert (shown(None), shown(True), shown("a")) == ("null", "true", "'a'")

@@ -33,7 +33,8 @@ def logits(stage: StageModel, folder: Path, dtype: torch.dtype) -> Tensor:
     pool = KvPool(4, info.num_layers, info.num_kv_heads, 16, info.head_dim, dtype)
     inputs = StepInputs(pool).fill(LENGTHS, 0 * LENGTHS, np.array([[1], [3]], np.int32), backend=ReferenceAttention())
     token_ids = torch.arange(inputs.num_tokens) * 7 % 250
-    return stage(inputs, token_ids, inputs.positions, torch.arange(inputs.num_tokens)).float()
+    output: Tensor = stage(inputs, token_ids, inputs.positions, torch.arange(inputs.num_tokens))
+    return output.float()
 
 
 def kinds(stage: StageModel) -> set[type]:
@@ -106,7 +107,8 @@ class _ClippedMlp(nn.Module):
         self.act_fn = nn.SiLU()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)).clamp(max=0.1) * self.up_proj(hidden))
+        output: Tensor = self.down_proj(self.act_fn(self.gate_proj(hidden)).clamp(max=0.1) * self.up_proj(hidden))
+        return output
 
 
 def test_what_computes_something_else_stays() -> None:

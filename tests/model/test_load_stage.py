@@ -18,6 +18,7 @@ from batchpipe.model.describe import describe_model
 from batchpipe.model.load import StageModel, load_stage
 from batchpipe.model.partition import split_layers
 from tests.tiny_models import ARCHITECTURES, tiny_model
+from tests.transformers_tokens import greedy_tokens
 
 NEW_TOKENS = 12
 MAX_TOKENS = 64
@@ -60,7 +61,7 @@ class Pipeline:
             source = stage(inputs, source, inputs.positions, rows)
         return source.argmax(-1).tolist()
 
-    def generate(self, chunk_tokens: int) -> list[list[int]]:
+    def generate(self, chunk_tokens: int) -> list[tuple[int, ...]]:
         """Every prompt in chunks, so that prefill and decode of different sequences share a step."""
         texts = [list(prompt) for prompt in PROMPTS]
         done = [0] * len(texts)
@@ -71,24 +72,13 @@ class Pipeline:
                 done[i] += len(tokens)
                 if done[i] == len(texts[i]):
                     texts[i].append(token)
-        return [text[len(prompt) :] for text, prompt in zip(texts, PROMPTS, strict=True)]
-
-
-def transformers_tokens(folder: Path) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    generated = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS)
-        generated.append(output[0, len(prompt) :].tolist())
-    return generated
+        return [tuple(text[len(prompt) :]) for text, prompt in zip(texts, PROMPTS, strict=True)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_are_those_of_transformers(architecture: str) -> None:
     folder = tiny_model(architecture)
-    expected = transformers_tokens(folder)
+    expected = greedy_tokens(folder, PROMPTS, NEW_TOKENS)
     assert len({token for tokens in expected for token in tokens}) > NEW_TOKENS, "too dull to tell right from wrong"
     for num_stages, block_tokens, chunk_tokens in [(1, 16, MAX_TOKENS), (2, 1, 5), (3, 64, 3)]:
         assert Pipeline(folder, num_stages, block_tokens).generate(chunk_tokens) == expected, num_stages

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from batchpipe.errors import ModelError
@@ -111,7 +112,12 @@ def write_gguf(path: Path) -> torch.Tensor:
     writer.add_eos_token_id(259)
     writer.add_bos_token_id(258)
     writer.add_chat_template("{{ messages[0]['content'] }}")
-    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+    }
     shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
     whole = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
     whole |= {"token_embd.weight": (260, 32), "output.weight": (260, 32), "output_norm.weight": (32,)}
@@ -141,7 +147,8 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path) -> None:
     info = describe_model(found[0].folder)
     assert (info.num_layers, info.head_dim, info.dtype, info.eos_token_ids) == (1, 8, "float32", (259,))
     model = AutoModelForCausalLM.from_pretrained(found[0].folder)
-    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding) and torch.equal(embeddings.weight, embedding)
     assert (found[0].folder / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
 
 

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache folder and nothing loaded; compiling is kept quick."""
     monkeypatch.setenv("BATCHPIPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(build.tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(build, "FLAGS", ("-fPIC", "-fopenmp"))
     monkeypatch.setattr(build, "load_kernels", build.load_kernels.__wrapped__)
     return tmp_path

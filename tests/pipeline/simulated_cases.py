@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from batchpipe.cost.model import KvLink, StepWork
 from batchpipe.pipeline.simulated import SimulatedPipeline
 from batchpipe.sample.rng import stream_of
 from batchpipe.types import Capacity, Carried, Request, RowKey, SamplingParams, SequenceStart, Step, Transfers
+from tests.cost.formula_cost import FormulaCost
 
 EOS = 5
 NOTHING = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
@@ -22,24 +23,11 @@ SAMPLING = SamplingParams(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TokenCost:
-    """So many seconds a token on each stage; whole numbers and powers of two, so that sums are exact."""
-
-    seconds_per_token: tuple[float, ...]
-    handoff: float = 0.0
-    control_seconds: float = 0.0
-    kv_links: tuple[KvLink, ...] = ()
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.seconds_per_token)
-
-    def stage_seconds(self, stage: int, work: StepWork) -> float:
-        return self.seconds_per_token[stage] * work.num_tokens
-
-    def handoff_seconds(self, num_tokens: int) -> float:
-        return self.handoff
+def token_cost(seconds_per_token: Sequence[float], **changes: Any) -> FormulaCost:
+    """Seconds a token on each stage; whole numbers and powers of two, so that sums are exact."""
+    return FormulaCost(
+        lambda stage, work: seconds_per_token[stage] * work.num_tokens, len(seconds_per_token), **changes
+    )
 
 
 def capacity(num_stages: int = 1, **changes: Any) -> Capacity:
@@ -81,5 +69,5 @@ def step_of(
     )
 
 
-def pipeline_of(cost: TokenCost, **changes: int) -> SimulatedPipeline:
+def pipeline_of(cost: FormulaCost, **changes: int) -> SimulatedPipeline:
     return SimulatedPipeline(capacity(cost.num_stages, **changes), cost, dict.fromkeys(range(1000), 50), EOS)

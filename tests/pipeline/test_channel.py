@@ -39,7 +39,12 @@ def ends() -> Iterator[Ends]:
 
 def test_every_payload_arrives_in_order_and_none_is_overwritten_before_its_release(ends: Ends) -> None:
     sent = [torch.randn(1 + i % 6, 4, dtype=torch.bfloat16) for i in range(50)]
-    thread = threading.Thread(target=lambda: [ends.sender.send(hidden) for hidden in sent])
+
+    def send_all() -> None:
+        for hidden in sent:
+            ends.sender.send(hidden)
+
+    thread = threading.Thread(target=send_all)
     thread.start()
     for hidden in sent:
         arrived = ends.receiver.receive(len(hidden))

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from batchpipe.errors import WorkerError
 from batchpipe.job.spec import EngineSpec
@@ -28,6 +26,7 @@ from batchpipe.runner.engine import Engine
 from batchpipe.types import Capacity, Request
 from tests.scheduler.scheduler_cases import request, sampling
 from tests.tiny_models import ARCHITECTURES, tiny_model
+from tests.transformers_tokens import greedy_tokens
 
 NEW_TOKENS = 24
 PROMPT_LENGTHS = (3, 21, 1, 14, 6, 40, 9, 2, 17, 11)
@@ -52,14 +51,7 @@ def prompts() -> list[Request]:
 
 @functools.cache
 def expected(architecture: str) -> list[tuple[int, ...]]:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    texts = []
-    for one in prompts():
-        ids = torch.from_numpy(one.prompt_token_ids).long()[None]
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS)
-        texts.append(tuple(output[0, ids.shape[1] :].tolist()))
-    return texts
+    return greedy_tokens(tiny_model(architecture), [one.prompt_token_ids.tolist() for one in prompts()], NEW_TOKENS)
 
 
 def open_tiny(

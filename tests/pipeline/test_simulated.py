@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from batchpipe.pipeline.simulated import SimulatedPipeline, SimulatedStages, StepKind
-from tests.pipeline.simulated_cases import EOS, TokenCost, capacity, pipeline_of, step_of
+from tests.pipeline.simulated_cases import EOS, capacity, pipeline_of, step_of, token_cost
 
 
 def test_one_stage_by_hand() -> None:
-    pipeline = pipeline_of(TokenCost((0.5,), control_seconds=0.25))
+    pipeline = pipeline_of(token_cost((0.5,), control_seconds=0.25))
     pipeline.submit(step_of(0, 4))
     assert pipeline.stages.now_seconds == 0.0
     assert pipeline.collect().stage_seconds == (2.0,)
@@ -25,7 +25,7 @@ def test_one_stage_by_hand() -> None:
 
 
 def test_three_stages_by_hand() -> None:
-    pipeline = pipeline_of(TokenCost((1.0, 2.0, 1.0), handoff=0.5))
+    pipeline = pipeline_of(token_cost((1.0, 2.0, 1.0), fixed_handoff_seconds=0.5))
     pipeline.submit(step_of(0, 2))  # 0 to 2, 2.5 to 6.5, 7 to 9
     pipeline.submit(step_of(1, 1))  # 2 to 3, 6.5 to 8.5 behind the other step, 9 to 10
     assert pipeline.collect().stage_seconds == (2.0, 4.0, 2.0)
@@ -48,7 +48,7 @@ def test_three_stages_by_hand() -> None:
 def test_steps_in_flight_overlap_up_to_the_slowest_stage(
     stage_seconds: tuple[float, ...], num_in_flight: int, seconds: float
 ) -> None:
-    pipeline = pipeline_of(TokenCost(stage_seconds))
+    pipeline = pipeline_of(token_cost(stage_seconds))
     for sequence in range(num_in_flight):
         pipeline.submit(step_of(sequence, 1))
     for number in range(num_in_flight, 30):
@@ -62,7 +62,7 @@ def test_steps_in_flight_overlap_up_to_the_slowest_stage(
 
 
 def test_pipelines_that_share_stages_take_turns() -> None:
-    cost, stages = TokenCost((1.0, 1.0)), SimulatedStages(2)
+    cost, stages = token_cost((1.0, 1.0)), SimulatedStages(2)
     first, second = (SimulatedPipeline(capacity(2), cost, {0: 9, 1: 9}, EOS, stages=stages) for _ in range(2))
     first.submit(step_of(0, 4))  # 0 to 4, 4 to 8
     second.submit(step_of(1, 1))  # 4 to 5, 8 to 9
@@ -76,7 +76,7 @@ def test_pipelines_that_share_stages_take_turns() -> None:
 
 
 def test_noise_leaves_the_mean_as_it_is() -> None:
-    noisy = SimulatedPipeline(capacity(), TokenCost((1.0,)), dict.fromkeys(range(4000), 9), EOS, noise=0.5, seed=3)
+    noisy = SimulatedPipeline(capacity(), token_cost((1.0,)), dict.fromkeys(range(4000), 9), EOS, noise=0.5, seed=3)
     for step_id in range(4000):
         noisy.submit(step_of(step_id, 1))
         noisy.collect()
@@ -84,7 +84,7 @@ def test_noise_leaves_the_mean_as_it_is() -> None:
 
 
 def test_what_breaks_the_port_is_noticed() -> None:
-    pipeline = pipeline_of(TokenCost((1.0,)))
+    pipeline = pipeline_of(token_cost((1.0,)))
     pipeline.submit(step_of(0, 1))
     with pytest.raises(AssertionError, match="more steps in flight"):
         pipeline.submit(step_of(1, 1))
@@ -95,7 +95,7 @@ def test_what_breaks_the_port_is_noticed() -> None:
 
 
 def test_an_end_token_of_zero_is_drawn_at_the_end_only() -> None:
-    pipeline = SimulatedPipeline(capacity(), TokenCost((1.0,)), {0: 2}, 0)
+    pipeline = SimulatedPipeline(capacity(), token_cost((1.0,)), {0: 2}, 0)
     pipeline.submit(step_of(0, 3))
     assert pipeline.collect().token_ids.tolist() == [1]
     pipeline.submit(step_of(0, 1, 3, starts=False))

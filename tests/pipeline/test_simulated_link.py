@@ -12,7 +12,8 @@ from batchpipe.pipeline.simulated import SimulatedPipeline
 from batchpipe.pipeline.simulated_link import Lane, LinkClock, Moved
 from batchpipe.scheduler.offload.prefetch_budget import PrefetchBudget
 from batchpipe.types import LinkUse, StepResult, Transfers
-from tests.pipeline.simulated_cases import EOS, TokenCost, capacity, step_of
+from tests.cost.formula_cost import FormulaCost
+from tests.pipeline.simulated_cases import EOS, capacity, step_of, token_cost
 
 # Blocks of 4 tokens with a byte a token in each of two layers.
 LINK = KvLink(load_bytes_per_second=8.0, store_bytes_per_second=4.0, kv_bytes_per_token_layer=1, num_layers=2)
@@ -36,7 +37,7 @@ def moves(
     )
 
 
-def tiered(cost: TokenCost, **changes: int) -> SimulatedPipeline:
+def tiered(cost: FormulaCost, **changes: int) -> SimulatedPipeline:
     offered = capacity(cost.num_stages, **({"num_host_blocks": 100, "streams_per_block": 1} | changes))
     return SimulatedPipeline(offered, cost, dict.fromkeys(range(100), 50), EOS)
 
@@ -58,7 +59,7 @@ def test_a_lane_fills_gaps_behind_what_was_promised_before() -> None:
 
 def test_one_stage_loads_beside_the_step_before() -> None:
     """A block takes a second, and a token's computing. Two batches circulate, so the second step is known early."""
-    pipeline = tiered(TokenCost((1.0,), kv_links=(NO_ROWS,)), max_batches=2)
+    pipeline = tiered(token_cost((1.0,), kv_links=(NO_ROWS,)), max_batches=2)
     # Nothing computes beside its loads, so they come by layer: 0 to 1 and 1 to 2; computes 1 to 5.
     pipeline.submit(step_of(0, 4, transfers=moves(loads=(50, 51))))
     pipeline.submit(step_of(1, 4, transfers=moves(loads=(52, 53, 54), writes=20)))  # loads 2 to 5, computes 5 to 9
@@ -70,7 +71,7 @@ def test_one_stage_loads_beside_the_step_before() -> None:
 
 
 def test_loads_begin_once_the_step_before_the_previous_one_is_computed() -> None:
-    pipeline = tiered(TokenCost((1.0,), kv_links=(NO_ROWS,)), max_batches=3)
+    pipeline = tiered(token_cost((1.0,), kv_links=(NO_ROWS,)), max_batches=3)
     pipeline.submit(step_of(0, 4, transfers=moves()))  # 0 to 4
     pipeline.submit(step_of(1, 4, transfers=moves(writes=20)))  # 4 to 8
     # Loads 4 to 11, computes 11 to 12.
@@ -82,7 +83,7 @@ def test_loads_begin_once_the_step_before_the_previous_one_is_computed() -> None
 
 
 def test_loads_begin_once_their_step_is_submitted() -> None:
-    pipeline = tiered(TokenCost((1.0,), control_seconds=0.5, kv_links=(NO_ROWS,)), max_batches=2)
+    pipeline = tiered(token_cost((1.0,), control_seconds=0.5, kv_links=(NO_ROWS,)), max_batches=2)
     pipeline.submit(step_of(0, 4, transfers=moves()))  # 0 to 4
     pipeline.collect()
     # Decided at 4.5, when nothing computes any more: the first layer's load until 5, computes until 6.
@@ -94,19 +95,19 @@ def test_loads_begin_once_their_step_is_submitted() -> None:
 def test_a_load_by_layer_runs_ahead_of_the_layers_that_compute() -> None:
     """Three layers compute for 1, 1 and 1; their loads take 2 each: the last comes at 6. Whole, they would end at 9."""
     link = replace(NO_ROWS, num_layers=3, load_bytes_per_second=4.0)
-    pipeline = tiered(TokenCost((3.0,), kv_links=(link,)), max_batches=2)
+    pipeline = tiered(token_cost((3.0,), kv_links=(link,)), max_batches=2)
     pipeline.submit(step_of(0, 1, transfers=moves(loads=(50, 51))))
     assert pipeline.collect().stage_seconds == (7.0,)
     # Six seconds to compute: the second layer's streams and loads are there at 4, the third's streams once the first
     # layer is computed, at 4, from 4 to 5, and its loads by then: only the first layer's 2 are waited for.
-    pipeline = tiered(TokenCost((6.0,), kv_links=(link,)), max_batches=2)
+    pipeline = tiered(token_cost((6.0,), kv_links=(link,)), max_batches=2)
     pipeline.submit(step_of(0, 1, transfers=moves(loads=(50,), streams=(51,))))
     assert pipeline.collect().stage_seconds == (8.0,)
 
 
 def test_rows_go_to_the_host_behind_their_step_and_two_buffers_bound_them() -> None:
     """A row takes half a second, a token's computing an eighth."""
-    pipeline = tiered(TokenCost((0.125,), kv_links=(LINK,)), max_batches=4)
+    pipeline = tiered(token_cost((0.125,), kv_links=(LINK,)), max_batches=4)
     for step in range(4):
         pipeline.submit(step_of(step, 8, transfers=moves(writes=4 * step)))
     # Computes 0 to 1, stores 1 to 5; computes 1 to 2, stores 5 to 9; computes 5 to 6, 9 to 10.
@@ -117,7 +118,7 @@ def test_rows_go_to_the_host_behind_their_step_and_two_buffers_bound_them() -> N
 
 
 def test_what_was_just_written_is_loaded_once_it_is_on_the_host() -> None:
-    pipeline = tiered(TokenCost((1.0,), kv_links=(LINK,)))
+    pipeline = tiered(token_cost((1.0,), kv_links=(LINK,)))
     pipeline.submit(step_of(0, 2, transfers=moves(writes=7, copies=((90, 91),))))  # 0 to 2, stores 2 to 3
     pipeline.collect()
     # Its first layer's load 3 to 3.5, computes until 4.5.
@@ -127,7 +128,7 @@ def test_what_was_just_written_is_loaded_once_it_is_on_the_host() -> None:
     pipeline.submit(step_of(0, 1, 3, starts=False, transfers=moves(loads=(8,), writes=7)))
     assert stalls(pipeline.collect()) == (0.5,)
     # Copies within the host are behind their step's rows, too.
-    pipeline = tiered(TokenCost((1.0,), kv_links=(LINK,)))
+    pipeline = tiered(token_cost((1.0,), kv_links=(LINK,)))
     pipeline.submit(step_of(0, 2, transfers=moves(writes=7, copies=((90, 91),))))
     pipeline.collect()
     pipeline.submit(step_of(0, 1, 2, starts=False, transfers=moves(loads=(91,), writes=7)))
@@ -151,7 +152,7 @@ def test_what_was_just_written_is_loaded_once_it_is_on_the_host() -> None:
 def test_streams_pass_layer_by_layer(num_layers: int, work_seconds: float, num_streams: int, seconds: float) -> None:
     """A layer of a block takes a second."""
     link = replace(NO_ROWS, num_layers=num_layers, load_bytes_per_second=4.0)
-    pipeline = tiered(TokenCost((work_seconds,), kv_links=(link,)))
+    pipeline = tiered(token_cost((work_seconds,), kv_links=(link,)))
     pipeline.submit(step_of(0, 1, transfers=moves(streams=tuple(range(50, 50 + num_streams)))))
     result = pipeline.collect()
     assert result.stage_seconds == (seconds,)
@@ -172,7 +173,7 @@ def test_a_layers_slot_is_free_when_the_layer_two_before_it_is_computed() -> Non
 def test_loads_fill_the_gaps_that_streams_leave() -> None:
     """Layers take 1 to stream and 2 to compute: 0 to 1, 1 to 2, 3 to 4, 5 to 6; the step ends at 9."""
     link = replace(NO_ROWS, num_layers=4, load_bytes_per_second=4.0)
-    pipeline = tiered(TokenCost((8.0,), kv_links=(link,)), max_batches=2)
+    pipeline = tiered(token_cost((8.0,), kv_links=(link,)), max_batches=2)
     pipeline.submit(step_of(0, 1, transfers=moves(streams=(50,))))
     # 8 to load: 2 to 3, 4 to 5, 6 to 12.
     pipeline.submit(step_of(1, 1, transfers=moves(loads=(51, 52), writes=20)))
@@ -184,7 +185,7 @@ def test_loads_fill_the_gaps_that_streams_leave() -> None:
 def test_three_stages_with_links_of_their_own() -> None:
     """A block takes 1, 2 and 1 to load on the three stages, a token 1, 2 and 1 to compute, a hand-off a half."""
     links = (NO_ROWS, replace(NO_ROWS, load_bytes_per_second=4.0), NO_ROWS)
-    pipeline = tiered(TokenCost((1.0, 2.0, 1.0), handoff=0.5, kv_links=links))
+    pipeline = tiered(token_cost((1.0, 2.0, 1.0), fixed_handoff_seconds=0.5, kv_links=links))
     # Loads by layer 0 to 3, 0 to 6, 0 to 3; computes 1.5 to 2.5 and 3 to 4, 4.5 to 8.5, 9 to 11.
     pipeline.submit(step_of(0, 2, transfers=moves(loads=(50, 51, 52))))
     # Streams behind the loads until 5, 10 and 5; computes 4 to 4.5 and 5 to 5.5, 8.5 to 9.5 and 10 to 11, 11.5 to 12.5.
@@ -200,7 +201,7 @@ def test_three_stages_with_links_of_their_own() -> None:
 
 
 def test_the_links_noise_leaves_the_mean_time_as_it_is() -> None:
-    cost, seconds = TokenCost((1.0,), kv_links=(NO_ROWS,)), []
+    cost, seconds = token_cost((1.0,), kv_links=(NO_ROWS,)), []
     offered = capacity(num_host_blocks=100)
     pipeline = SimulatedPipeline(offered, cost, dict.fromkeys(range(4000), 9), EOS, noise=0.5, seed=3)
     for step_id in range(4000):
@@ -211,7 +212,7 @@ def test_the_links_noise_leaves_the_mean_time_as_it_is() -> None:
 
 
 def test_links_may_carry_less_than_the_cost_model_believes() -> None:
-    cost = TokenCost((1.0,), kv_links=(NO_ROWS,))
+    cost = token_cost((1.0,), kv_links=(NO_ROWS,))
     slow = replace(NO_ROWS, load_bytes_per_second=2.0)
     pipeline = SimulatedPipeline(capacity(num_host_blocks=100), cost, {0: 50}, EOS, links=[slow])
     pipeline.submit(step_of(0, 1, transfers=moves(loads=(50,))))
@@ -219,20 +220,20 @@ def test_links_may_carry_less_than_the_cost_model_believes() -> None:
 
 
 def test_what_breaks_the_port_is_noticed() -> None:
-    one_tier = SimulatedPipeline(capacity(), TokenCost((1.0,)), {0: 50}, EOS)
+    one_tier = SimulatedPipeline(capacity(), token_cost((1.0,)), {0: 50}, EOS)
     with pytest.raises(AssertionError, match="second tier"):
         one_tier.submit(step_of(0, 1, transfers=moves()))
     with pytest.raises(AssertionError, match="second tier"):
-        tiered(TokenCost((1.0,), kv_links=(LINK,))).submit(step_of(0, 1))
+        tiered(token_cost((1.0,), kv_links=(LINK,))).submit(step_of(0, 1))
     with pytest.raises(AssertionError, match="nothing is known of the links"):
-        tiered(TokenCost((1.0,)))
+        tiered(token_cost((1.0,)))
 
 
 @pytest.mark.parametrize("believed", [0.25, 1.0, 4.0])
 def test_a_budget_of_loads_fills_the_link_and_hardly_stalls(believed: float) -> None:
     """Two batches in flight; a step computes for 4 seconds, in which a link with noise carries 400 blocks."""
     link = replace(NO_ROWS, load_bytes_per_second=800.0)
-    cost = TokenCost((4.0,), kv_links=(replace(link, load_bytes_per_second=believed * 800.0),))
+    cost = token_cost((4.0,), kv_links=(replace(link, load_bytes_per_second=believed * 800.0),))
     offered = capacity(num_host_blocks=8000, max_batches=2)
     pipeline = SimulatedPipeline(offered, cost, dict.fromkeys(range(1000), 9), EOS, links=[link], noise=0.05)
     budget, loaded, stalled = PrefetchBudget(cost, offered.block_tokens), [], []

@@ -13,7 +13,7 @@ from batchpipe.sample.rng import stream_of
 from batchpipe.scheduler.policies.schedules import SCHEDULES
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import ErrorCode, FinishedRequest, FinishReason, Request
-from tests.pipeline.simulated_cases import EOS, TokenCost, capacity, cases
+from tests.pipeline.simulated_cases import EOS, capacity, cases, token_cost
 
 
 def drive(scheduler: Scheduler, pipeline: SimulatedPipeline, requests: list[Request]) -> list[FinishedRequest]:
@@ -47,7 +47,7 @@ def test_every_request_ends_once_at_its_length(
 ) -> None:
     requests, by_stream = cases(lengths, num_samples)
     offered = capacity(num_stages, num_blocks=num_blocks)
-    pipeline = SimulatedPipeline(offered, TokenCost((1.0,) * num_stages), by_stream, EOS)
+    pipeline = SimulatedPipeline(offered, token_cost((1.0,) * num_stages), by_stream, EOS)
     scheduler = scheduler_for(pipeline, schedule)
     finished = drive(scheduler, pipeline, requests)
     assert sorted(end.request.key.index for end in finished) == list(range(len(requests)))
@@ -67,7 +67,7 @@ def test_every_request_ends_once_at_its_length(
 
 def test_preempted_sequences_count_on_from_where_they_were() -> None:
     requests, by_stream = cases([(10, 30)] * 12)
-    pipeline = SimulatedPipeline(capacity(2, num_blocks=24), TokenCost((1.0, 1.0)), by_stream, EOS)
+    pipeline = SimulatedPipeline(capacity(2, num_blocks=24), token_cost((1.0, 1.0)), by_stream, EOS)
     run = simulate([pipeline], requests, "hybrid")
     assert run.num_preemptions > 0
     assert run.num_recomputed_tokens > 0
@@ -81,7 +81,7 @@ def test_a_run_with_noise_repeats_with_its_seed_only() -> None:
     requests, by_stream = cases([(5 + i % 7, 10 + i % 11) for i in range(60)])
 
     def run_of(noise: float, seed: int) -> float:
-        pipeline = SimulatedPipeline(capacity(3), TokenCost((1.0,) * 3), by_stream, EOS, noise=noise, seed=seed)
+        pipeline = SimulatedPipeline(capacity(3), token_cost((1.0,) * 3), by_stream, EOS, noise=noise, seed=seed)
         return simulate([pipeline], requests, "hybrid").seconds
 
     assert run_of(0.2, 1) == run_of(0.2, 1)
@@ -91,7 +91,7 @@ def test_a_run_with_noise_repeats_with_its_seed_only() -> None:
 
 def test_requests_are_known_only_once_they_arrive() -> None:
     requests, by_stream = cases([(4, 3), (4, 3), (4, 3)])
-    pipeline = SimulatedPipeline(capacity(), TokenCost((1.0,)), by_stream, EOS)
+    pipeline = SimulatedPipeline(capacity(), token_cost((1.0,)), by_stream, EOS)
     run = simulate([pipeline], requests, "hybrid", arrival_seconds=[0.0, 1.0, 100.0])
     # The second comes while the first's prompt is computed; the third finds everything idle.
     assert [(step.kind, step.start_seconds, step.num_tokens) for step in pipeline.steps] == [
@@ -112,7 +112,7 @@ def test_planners_of_their_own_on_shared_stages_lose_nothing() -> None:
     requests, by_stream = cases([(5 + i % 7, 10 + i % 11) for i in range(40)])
     stages = SimulatedStages(2)
     offered = capacity(2, max_batches=1, num_blocks=30)
-    pipelines = [SimulatedPipeline(offered, TokenCost((1.0, 1.0)), by_stream, EOS, stages=stages) for _ in range(2)]
+    pipelines = [SimulatedPipeline(offered, token_cost((1.0, 1.0)), by_stream, EOS, stages=stages) for _ in range(2)]
     run = simulate(pipelines, requests, "separate")
     assert run.output_tokens == sum(by_stream.values())
     ends = sorted(step.end_seconds for pipeline in pipelines for step in pipeline.steps)
@@ -122,7 +122,7 @@ def test_planners_of_their_own_on_shared_stages_lose_nothing() -> None:
 
 def test_a_restarted_pipeline_ends_every_request_at_its_length() -> None:
     requests, by_stream = cases([(5 + i, 12) for i in range(20)])
-    pipeline = SimulatedPipeline(capacity(3), TokenCost((1.0,) * 3), by_stream, EOS)
+    pipeline = SimulatedPipeline(capacity(3), token_cost((1.0,) * 3), by_stream, EOS)
     scheduler = scheduler_for(pipeline, "hybrid")
     scheduler.add(requests)
     for _ in range(5):
@@ -139,7 +139,7 @@ def test_a_restarted_pipeline_ends_every_request_at_its_length() -> None:
 
 def test_a_request_that_never_fits_is_counted_as_failed() -> None:
     requests, by_stream = cases([(17, 5), (3, 2)])
-    pipeline = SimulatedPipeline(capacity(num_blocks=4), TokenCost((1.0,)), by_stream, EOS)
+    pipeline = SimulatedPipeline(capacity(num_blocks=4), token_cost((1.0,)), by_stream, EOS)
     run = simulate([pipeline], requests, "hybrid")
     assert (run.num_failed, run.num_requests, run.output_tokens) == (1, 2, 2)
 
@@ -149,7 +149,7 @@ def test_with_a_second_tier_every_row_computed_goes_to_the_host(offload: str) ->
     requests, by_stream = cases([(20 + i % 7, 40 + i % 31) for i in range(60)])
     link = KvLink(load_bytes_per_second=1e3, store_bytes_per_second=1e3, kv_bytes_per_token_layer=10, num_layers=4)
     offered = capacity(3, max_batches=4, num_host_blocks=900, streams_per_block=2, offload=offload)
-    pipeline = SimulatedPipeline(offered, TokenCost((1.0,) * 3, kv_links=(link,) * 3), by_stream, EOS)
+    pipeline = SimulatedPipeline(offered, token_cost((1.0,) * 3, kv_links=(link,) * 3), by_stream, EOS)
     run = simulate([pipeline], requests, "temporal")
     assert run.num_failed == 0
     assert run.output_tokens == sum(by_stream.values())

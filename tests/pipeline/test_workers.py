@@ -17,6 +17,7 @@ from batchpipe.pipeline import workers
 from batchpipe.pipeline.memory import StageMemory
 from batchpipe.pipeline.multiprocess import MultiprocessPipeline
 from batchpipe.pipeline.stage import StageSpec
+from batchpipe.pipeline.worker import LinkSpec
 from batchpipe.pipeline.workers import Limits
 from batchpipe.types import Capacity, Step
 from tests.pipeline.test_engine_sameness import open_tiny
@@ -127,7 +128,7 @@ def test_a_worker_that_ends_before_it_reads_its_spec_is_named(tmp_path: Path, mo
 def test_a_worker_that_cannot_be_started_ends_those_that_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spawn, pids = workers.WorkerGroup._spawn, []
 
-    def first_only(self: workers.WorkerGroup, control_fd: int, links: Sequence[workers.LinkSpec]) -> None:
+    def first_only(self: workers.WorkerGroup, control_fd: int, links: Sequence[LinkSpec]) -> None:
         if self.pids:
             raise OSError("no more processes")
         spawn(self, control_fd, links)

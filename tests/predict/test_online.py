@@ -34,7 +34,8 @@ class ShortAndLong:
 def means(survival: Survival) -> list[float]:
     classes = np.arange(survival.num_classes, dtype=np.int32)
     limits = np.full(survival.num_classes, MAX_TOKENS, np.int32)
-    return survival.expected_tokens(classes, limits).tolist()
+    found: list[float] = survival.expected_tokens(classes, limits).tolist()
+    return found
 
 
 def lengths(draw: np.random.Generator, mean: float, count: int) -> Int32Array:

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from batchpipe.read import duplicates
 from batchpipe.read.duplicates import SeenIds
@@ -39,7 +40,7 @@ def test_equals_a_set_through_many_spills(small: None, tmp_path: Path) -> None:
 
 
 def test_hashes_that_share_one_half_are_told_apart(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates.xxhash, "xxh3_128_digest", lambda raw: b"samehalf" + int(raw).to_bytes(8, "little"))
+    monkeypatch.setattr(xxhash, "xxh3_128_digest", lambda raw: b"samehalf" + int(raw).to_bytes(8, "little"))
     seen = SeenIds()
     assert not any(seen.add_batch([str(n) for n in range(200)]))
     assert seen.add_batch(["199", "200", "0", "200"]) == [True, False, True, True]

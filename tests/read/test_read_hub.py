@@ -15,7 +15,9 @@ from batchpipe.job.spec import InputSpec
 from batchpipe.read.source import Source, open_source
 from batchpipe.types import Row
 
-ROWS = {"id": [f"r{n}" for n in range(2_500)], "prompt": [f"p{n}" for n in range(2_500)], "n": list(range(2_500))}
+IDS = [f"r{n}" for n in range(2_500)]
+PROMPTS = [f"p{n}" for n in range(2_500)]
+ROWS = {"id": IDS, "prompt": PROMPTS, "n": list(range(2_500))}
 
 
 def source_of(path: Path | str | list[str], **keys: Any) -> Source:
@@ -30,8 +32,8 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     assert (source.num_rows(), source.progress) == (2_500, 0.0)
     assert source.carried_schema == pa.schema({"id": pa.string(), "prompt": pa.string(), "n": pa.int64()})
     rows = list(source.rows(skip={0}))
-    assert [row.key.row_id for row in rows] == ROWS["id"][1:]
-    assert [row.values["prompt"] for row in rows if isinstance(row, Row)] == ROWS["prompt"][1:]
+    assert [row.key.row_id for row in rows] == IDS[1:]
+    assert [row.values["prompt"] for row in rows if isinstance(row, Row)] == PROMPTS[1:]
     assert source.progress == 1.0
     assert [row.key.index for row in source_of(tmp_path / "saved", limit=1_030).rows()] == list(range(1_030))
     same = source_of(tmp_path / "saved").fingerprint

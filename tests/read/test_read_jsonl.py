@@ -21,7 +21,7 @@ GOOD = b'{"id": "a", "prompt": "one"}'
 
 
 def source_of(path: Path, carry: Any = "all", **keys: Any) -> Source:
-    return open_source(InputSpec(path=str(path), **keys), carry=carry, needed=frozenset(["prompt"]))
+    return open_source(InputSpec(path=(str(path),), **keys), carry=carry, needed=frozenset(["prompt"]))
 
 
 def rows_of(tmp_path: Path, content: bytes, name: str = "in.jsonl", **keys: Any) -> list[Row | FailedRow]:
@@ -160,7 +160,7 @@ def test_a_missing_prompt_column_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no column 'prompt'; did you mean 'promt'\? \(columns: id, promt\)"):
         source_of(path)
     with pytest.raises(JobError, match=r"output.columns: the input has no column 'ids'; did you mean 'id'"):
-        open_source(InputSpec(path=str(path)), carry=["ids"], needed=frozenset(["promt"]))
+        open_source(InputSpec(path=(str(path),)), carry=["ids"], needed=frozenset(["promt"]))
 
 
 def test_carried_types_are_those_of_the_first_rows(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ PROMPTS = pa.table({"id": ["a", "b", "c"], "prompt": ["one", None, "three"]})
 
 
 def source_of(path: Path, carry: Any = "all", needed: str = "prompt", **keys: Any) -> Source:
-    return open_source(InputSpec(path=str(path), **keys), carry=carry, needed=frozenset([needed]))
+    return open_source(InputSpec(path=(str(path),), **keys), carry=carry, needed=frozenset([needed]))
 
 
 def written(path: Path, table: pa.Table, **keys: Any) -> Path:
@@ -75,7 +75,7 @@ def test_damaged_data_is_an_input_error_where_it_is_met(tmp_path: Path) -> None:
         list(source_of(path).rows())
 
 
-class _TestKms(encryption.KmsClient):
+class _TestKms(encryption.KmsClient):  # type: ignore[misc]  # pyarrow has no types
     def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
         return b"0" + key_bytes.hex().encode()
 

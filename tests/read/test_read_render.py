@@ -65,7 +65,7 @@ class TestAsTransformers:
         renderer = renderer_of(tokenizer, chat_template=custom(tmp_path, template), system=system)
         assert (renderer._text_frame is None) == (template is SHOUTING)
         for text in TEXTS:
-            messages = [{"role": "system", "content": system}] * (system is not None)
+            messages = [] if system is None else [{"role": "system", "content": system}]
             messages.append({"role": "user", "content": text})
             keys: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True}
             rendered = renderer.render({"prompt": text})

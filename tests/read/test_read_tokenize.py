@@ -153,7 +153,7 @@ def test_rows_come_as_they_are_read(tokenizer: Tokenizer, tmp_path: Path) -> Non
             taken += 1
             yield Row(key_of(taken - 1), {"prompt": "x"})
 
-    renderer = Renderer(InputSpec(path="x"), tokenizer)
+    renderer = Renderer(InputSpec(path=("x",)), tokenizer)
     stream = requests(endless(), renderer, Sampling(), max_context_tokens=99, vocabulary_size=VOCABULARY)
     next(stream)
     assert taken == BATCH_ROWS

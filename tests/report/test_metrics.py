@@ -1,18 +1,23 @@
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from batchpipe.errors import OutputError
 from batchpipe.report.meter import Meter
-from batchpipe.report.metrics import METRICS_SCHEMA, RunMetrics, append_metrics, read_metrics
+from batchpipe.report.metrics import METRICS_SCHEMA, append_metrics, read_metrics
 from batchpipe.types import LinkUse, Outcome, RowStatus, StepResult
 from tests.report.run_metrics_case import RUN_METRICS
 from tests.write.completion_cases import outcomes_of, sample
 
+NO_TOKENS = np.empty(0, np.int32)
 
-def test_columns_are_those_of_the_contract():
+
+def test_columns_are_those_of_the_contract() -> None:
     assert METRICS_SCHEMA.names == [
         *("run_id", "job_name", "identity_sha256", "model", "revision", "versions", "device_names"),
         *("started_at", "ended_at", "load_seconds", "generate_seconds", "wall_seconds"),
@@ -25,9 +30,9 @@ def test_columns_are_those_of_the_contract():
     ]
 
 
-def test_each_run_adds_a_row_of_fixed_types(tmp_path):
+def test_each_run_adds_a_row_of_fixed_types(tmp_path: Path) -> None:
     for run_id in ("first", "second"):
-        append_metrics(tmp_path, RunMetrics(**{**RUN_METRICS, "run_id": run_id}))
+        append_metrics(tmp_path, replace(RUN_METRICS, run_id=run_id))
     assert pq.read_schema(tmp_path / "metrics.parquet").equals(METRICS_SCHEMA)
     first, second = read_metrics(tmp_path)
     assert (first["run_id"], second["run_id"]) == ("first", "second")
@@ -37,36 +42,36 @@ def test_each_run_adds_a_row_of_fixed_types(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.parquet"]
 
 
-def test_runs_of_an_older_version_stay_with_nulls_for_what_it_did_not_know(tmp_path):
-    append_metrics(tmp_path, RunMetrics(**RUN_METRICS))
+def test_runs_of_an_older_version_stay_with_nulls_for_what_it_did_not_know(tmp_path: Path) -> None:
+    append_metrics(tmp_path, RUN_METRICS)
     path = tmp_path / "metrics.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["kv_faults", "reused_tokens"]), path)
-    append_metrics(tmp_path, RunMetrics(**RUN_METRICS))
+    append_metrics(tmp_path, RUN_METRICS)
     old, new = read_metrics(tmp_path)
     assert (old["kv_faults"], old["stall_seconds"], new["kv_faults"]) == (None, 0.0, 0)
     assert pq.read_schema(path).equals(METRICS_SCHEMA)
 
 
-def test_rows_always_add_up():
+def test_rows_always_add_up() -> None:
     with pytest.raises(AssertionError, match="11 rows, but 10 accounted for"):
-        RunMetrics(**{**RUN_METRICS, "rows_total": 11})
+        replace(RUN_METRICS, rows_total=11)
 
 
-def test_a_folder_without_metrics_has_none_and_damaged_ones_are_named(tmp_path):
+def test_a_folder_without_metrics_has_none_and_damaged_ones_are_named(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.parquet").write_text("not parquet")
     with pytest.raises(OutputError, match=r"metrics\.parquet: cannot be read as metrics"):
-        append_metrics(tmp_path, RunMetrics(**RUN_METRICS))
+        append_metrics(tmp_path, RUN_METRICS)
     pq.write_table(pa.table({"other": [1]}), tmp_path / "metrics.parquet")
     with pytest.raises(OutputError, match=r"metrics\.parquet: cannot be read as metrics"):
         read_metrics(tmp_path)
 
 
-def step_result(*stage_seconds):
-    return StepResult(step_id=0, token_ids=None, logprobs={}, compute_seconds=stage_seconds)
+def step_result(*stage_seconds: float) -> StepResult:
+    return StepResult(step_id=0, token_ids=NO_TOKENS, logprobs={}, compute_seconds=stage_seconds)
 
 
-def test_the_meter_sums_tokens_and_stage_time():
+def test_the_meter_sums_tokens_and_stage_time() -> None:
     meter = Meter(num_stages=2)
     meter.add_step(step_result(1.0, 0.5), num_prompt_tokens=100, num_output_tokens=10)
     meter.add_step(step_result(2.0, 0.5), num_prompt_tokens=0, num_output_tokens=30)
@@ -86,19 +91,19 @@ def test_the_meter_sums_tokens_and_stage_time():
     }
 
 
-def test_what_the_links_did_is_summed_over_stages_steps_and_replicas():
+def test_what_the_links_did_is_summed_over_stages_steps_and_replicas() -> None:
     meter = Meter(num_stages=2, num_replicas=2)
     for replica in range(2):
         for _ in range(3):
             uses = (LinkUse(0.25, 100, 10, 0.5, 0.125), LinkUse(0.5, 200, 20, 0.5, 0.125))
-            meter.add_step(StepResult(0, None, {}, (1.0, 0.5), uses), 0, 0, replica)
+            meter.add_step(StepResult(0, NO_TOKENS, {}, (1.0, 0.5), uses), 0, 0, replica)
     measured = meter.measured(generate_seconds=6.0)
     assert (measured["host_to_device_bytes"], measured["device_to_host_bytes"]) == (1800, 180)
     assert measured["stall_seconds"] == 4.5
     assert measured["stage_utilization"] == (0.375, 0.0, 0.375, 0.0)  # a stage that waits does not compute
 
 
-def test_every_replica_has_its_own_utilization():
+def test_every_replica_has_its_own_utilization() -> None:
     meter = Meter(num_stages=1, num_replicas=2)
     meter.add_step(step_result(1.0), 0, 0, replica=0)
     meter.add_step(step_result(2.0), 0, 0, replica=1)
@@ -107,11 +112,11 @@ def test_every_replica_has_its_own_utilization():
     assert measured["stage_utilization"] == (0.25, 0.5)
 
 
-def test_a_run_without_steps_has_no_rates():
+def test_a_run_without_steps_has_no_rates() -> None:
     assert Meter(num_stages=1).measured(0.0)["stage_utilization"] == (0.0,)
 
 
-def test_the_meter_compares_forecasts_with_what_came():
+def test_the_meter_compares_forecasts_with_what_came() -> None:
     meter = Meter(num_stages=1)
     key = outcomes_of([1])[0].key
     for predicted, status in ((5, RowStatus.SUCCEEDED), (2, RowStatus.SUCCEEDED), (9, RowStatus.FAILED)):

@@ -8,37 +8,37 @@ from batchpipe.report.progress import Progress, Reading
 
 
 class Terminal(io.StringIO):
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
 
 class Clock:
-    def __init__(self):
+    def __init__(self) -> None:
         self.now_seconds = 1000.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now_seconds
 
 
 class Run:
-    def __init__(self):
+    def __init__(self) -> None:
         self.reading = Reading()
 
-    def __call__(self):
+    def __call__(self) -> Reading:
         return self.reading
 
 
 @pytest.fixture
-def run():
+def run() -> Run:
     return Run()
 
 
 @pytest.fixture
-def clock():
+def clock() -> Clock:
     return Clock()
 
 
-def test_plain_lines_come_every_five_seconds_and_at_the_end(run, clock):
+def test_plain_lines_come_every_five_seconds_and_at_the_end(run: Run, clock: Clock) -> None:
     stream = io.StringIO()
     with Progress(100, run, stream, clock) as progress:
         for second in range(12):
@@ -51,7 +51,7 @@ def test_plain_lines_come_every_five_seconds_and_at_the_end(run, clock):
     assert stream.getvalue().endswith("\n") and "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
-def test_a_terminal_gets_one_line_that_is_redrawn(run, clock, monkeypatch):
+def test_a_terminal_gets_one_line_that_is_redrawn(run: Run, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     stream = Terminal()
     with Progress(None, run, stream, clock) as progress:
@@ -66,7 +66,7 @@ def test_a_terminal_gets_one_line_that_is_redrawn(run, clock, monkeypatch):
     assert pieces[-1].startswith("2,000 rows, 0 failed")
 
 
-def test_the_recent_rate_forgets_what_is_long_ago(run, clock):
+def test_the_recent_rate_forgets_what_is_long_ago(run: Run, clock: Clock) -> None:
     stream = io.StringIO()
     progress = Progress(None, run, stream, clock)
     for _ in range(20):
@@ -76,7 +76,7 @@ def test_the_recent_rate_forgets_what_is_long_ago(run, clock):
     assert stream.getvalue().splitlines()[-1].endswith("0 in, 0 out (10 overall)")
 
 
-def test_time_left_goes_by_what_this_run_did(run, clock):
+def test_time_left_goes_by_what_this_run_did(run: Run, clock: Clock) -> None:
     stream = io.StringIO()
     progress = Progress(100, run, stream, clock)
     run.reading = Reading(80, 0, 0, 0, 0.8)
@@ -88,7 +88,7 @@ def test_time_left_goes_by_what_this_run_did(run, clock):
     assert "left" not in first and second.endswith("0:01:00 left")
 
 
-def test_an_empty_input_is_all_done(run, clock):
+def test_an_empty_input_is_all_done(run: Run, clock: Clock) -> None:
     stream = io.StringIO()
     with Progress(0, run, stream, clock) as progress:
         run.reading = Reading(0, 0, 0, 0, 1.0)
@@ -96,7 +96,7 @@ def test_an_empty_input_is_all_done(run, clock):
     assert stream.getvalue().startswith("0 of 0 rows (100.0%)")
 
 
-def test_nothing_goes_to_stdout(run, capsys):
+def test_nothing_goes_to_stdout(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1, run) as progress:
         run.reading = Reading(1, 0, 2, 3, 1.0)
         progress.tick()
@@ -104,7 +104,7 @@ def test_nothing_goes_to_stdout(run, capsys):
     assert captured.out == "" and captured.err.startswith("1 of 1 rows (100.0%)")
 
 
-def test_a_notebook_gets_a_tqdm_bar(run, clock, monkeypatch):
+def test_a_notebook_gets_a_tqdm_bar(run: Run, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     stream = io.StringIO()
     with Progress(10, run, stream, clock) as progress:

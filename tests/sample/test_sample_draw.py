@@ -30,13 +30,14 @@ def frequencies(logits: NDArray[np.float32], num_draws: int, **how: Any) -> NDAr
 def transformers_probabilities(
     logits: NDArray[np.float32], *, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> NDArray[np.float64]:
-    scores = logits_process.TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits)[None])
+    no_ids = torch.LongTensor(1, 0)  # what the text holds changes none of these
+    scores = logits_process.TemperatureLogitsWarper(temperature)(no_ids, torch.from_numpy(logits)[None])
     if top_k:
-        scores = logits_process.TopKLogitsWarper(top_k)(None, scores)
+        scores = logits_process.TopKLogitsWarper(top_k)(no_ids, scores)
     if top_p < 1:
-        scores = logits_process.TopPLogitsWarper(top_p)(None, scores)
+        scores = logits_process.TopPLogitsWarper(top_p)(no_ids, scores)
     if min_p:
-        scores = logits_process.MinPLogitsWarper(min_p)(None, scores)
+        scores = logits_process.MinPLogitsWarper(min_p)(no_ids, scores)
     probabilities: NDArray[np.float64] = scores[0].double().softmax(0).numpy()
     return probabilities
 
@@ -46,7 +47,7 @@ def test_every_token_comes_as_often_as_transformers_gives_it(seed: int) -> None:
     random = np.random.default_rng(seed)
     num_tokens = int(random.choice([3, 63, 64, 65, 200, 700]))
     logits = (random.normal(size=num_tokens) * random.uniform(0.1, 4)).astype(np.float32)
-    how = {
+    how: dict[str, Any] = {
         "temperature": float(random.uniform(0.3, 2.0)),
         "top_k": int(random.choice([0, 0, 1, 2, 5, num_tokens // 2, num_tokens - 1, num_tokens + 5])),
         "top_p": float(random.choice([1.0, random.uniform(0.01, 0.999), random.uniform(0.01, 0.999)])),

@@ -16,6 +16,7 @@ from batchpipe.predict.quantile import QuantileClassifier
 from batchpipe.runner.engine import Engine
 from batchpipe.sample.rng import stream_of
 from batchpipe.types import Capacity, FinishedRequest, Request, Step, StepResult
+from tests.cost.formula_cost import FormulaCost
 from tests.pipeline.test_engine_sameness import open_tiny
 from tests.scheduler.scheduler_cases import request
 
@@ -23,18 +24,8 @@ EOS = 7
 NUM_STAGES = 2
 
 
-class FlatCost:
-    """A prior that is plainly wrong, so that what the scheduler learns of time decides."""
-
-    num_stages = NUM_STAGES
-    control_seconds = 0.0
-    kv_links = ()
-
-    def stage_seconds(self, stage: int, work: StepWork) -> float:
-        return 1e-3 * (1 + stage) * (1 + work.num_tokens // 16)
-
-    def handoff_seconds(self, num_tokens: int) -> float:
-        return 0.0
+# A prior that is plainly wrong, so that what the scheduler learns of time decides.
+FLAT_COST = FormulaCost(lambda stage, work: 1e-3 * (1 + stage) * (1 + work.num_tokens // 16), NUM_STAGES)
 
 
 class Recorded:
@@ -62,7 +53,7 @@ class Replayed(SimulatedPipeline):
     """Takes the given times, a step each, for its own."""
 
     def __init__(self, capacity: Capacity, lengths: dict[int, int], stage_seconds: Sequence[tuple[float, ...]]) -> None:
-        super().__init__(capacity, FlatCost(), lengths, EOS)
+        super().__init__(capacity, FLAT_COST, lengths, EOS)
         self._times = iter(stage_seconds)
 
     def _stage_seconds(self, work: StepWork) -> tuple[float, ...]:
@@ -75,7 +66,7 @@ def rows() -> list[Request]:
 
 def drive(pipeline: Recorded, schedule: str) -> list[FinishedRequest]:
     predictor = OnlinePredictor(QuantileClassifier.shipped(), 32)
-    engine = Engine([pipeline], schedule, frozenset({EOS}), lambda params: None, predictor, OnlineCost(FlatCost()))  # type: ignore[list-item]
+    engine = Engine([pipeline], schedule, frozenset({EOS}), lambda params: None, predictor, OnlineCost(FLAT_COST))  # type: ignore[list-item]
     engine.add(rows())
     finished = []
     while not engine.idle:

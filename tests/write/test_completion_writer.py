@@ -1,6 +1,9 @@
 """Every row once, whatever is killed and whenever."""
 
 import json
+import os
+import time
+from pathlib import Path
 
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 import batchpipe
 from batchpipe.errors import InterruptedRunError
 from batchpipe.write import commit, crash, folder, writer
+from batchpipe.write.row_log import RowLog
 from batchpipe.write.row_set import RowCounts
 from batchpipe.write.writer import CompletionWriter
 from tests.write.completion_cases import (
@@ -38,7 +42,7 @@ CRASH_POINTS = [
 ]
 
 
-def test_a_finished_output_holds_all_rows_and_says_so(tmp_path):
+def test_a_finished_output_holds_all_rows_and_says_so(tmp_path: Path) -> None:
     run_job(tmp_path, 25)
     assert row_indexes(tmp_path) == list(range(25))
     assert (tmp_path / "_SUCCESS").read_bytes() == b""
@@ -60,7 +64,7 @@ def test_a_finished_output_holds_all_rows_and_says_so(tmp_path):
         assert again.finished and len(again.done) == 25
 
 
-def test_a_part_says_in_its_footer_whose_it_is(tmp_path):
+def test_a_part_says_in_its_footer_whose_it_is(tmp_path: Path) -> None:
     run_job(tmp_path, 3)
     file = pq.ParquetFile(tmp_path / "completions" / "part-00000.parquet")
     with file:
@@ -77,7 +81,7 @@ def test_a_part_says_in_its_footer_whose_it_is(tmp_path):
         assert column.compression == "ZSTD" and column.has_offset_index
 
 
-def test_other_readers_read_the_parts(tmp_path):
+def test_other_readers_read_the_parts(tmp_path: Path) -> None:
     import datasets
     import pandas
 
@@ -92,13 +96,13 @@ def test_other_readers_read_the_parts(tmp_path):
     assert sorted(loaded["row_id"]) == sorted(f"row {i}" for i in range(25))
 
 
-def test_an_empty_input_makes_an_empty_table_with_all_columns(tmp_path):
+def test_an_empty_input_makes_an_empty_table_with_all_columns(tmp_path: Path) -> None:
     run_job(tmp_path, 0)
     run_job(tmp_path, 0)
     assert read_completions(tmp_path).schema.equals(SCHEMA) and row_indexes(tmp_path) == []
 
 
-def test_samples_of_a_row_are_never_split_between_parts(tmp_path):
+def test_samples_of_a_row_are_never_split_between_parts(tmp_path: Path) -> None:
     with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=4) as completions:
         completions.write(outcomes_of(range(5), num_samples=3))
         completions.finish(5)
@@ -107,7 +111,7 @@ def test_samples_of_a_row_are_never_split_between_parts(tmp_path):
     assert sizes == [6, 6, 3]
 
 
-def test_a_row_that_has_an_outcome_is_our_mistake(tmp_path):
+def test_a_row_that_has_an_outcome_is_our_mistake(tmp_path: Path) -> None:
     with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=100) as completions:
         completions.write(outcomes_of([1, 2]))
         with pytest.raises(AssertionError, match="given an outcome twice"):
@@ -115,7 +119,7 @@ def test_a_row_that_has_an_outcome_is_our_mistake(tmp_path):
     assert row_indexes(tmp_path) == [1, 2]
 
 
-def test_an_output_that_lacks_rows_is_not_declared_complete(tmp_path):
+def test_an_output_that_lacks_rows_is_not_declared_complete(tmp_path: Path) -> None:
     with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=100) as completions:
         completions.write(outcomes_of(range(4)))
         with pytest.raises(AssertionError, match="4 rows committed of 5"):
@@ -123,7 +127,7 @@ def test_an_output_that_lacks_rows_is_not_declared_complete(tmp_path):
     assert not (tmp_path / "_SUCCESS").exists()
 
 
-def test_an_interrupted_run_commits_what_it_has(tmp_path):
+def test_an_interrupted_run_commits_what_it_has(tmp_path: Path) -> None:
     with (
         pytest.raises(InterruptedRunError),
         open_folder(tmp_path) as output,
@@ -136,11 +140,11 @@ def test_an_interrupted_run_commits_what_it_has(tmp_path):
     assert row_indexes(tmp_path) == list(range(8))
 
 
-def test_the_log_is_synced_when_it_is_due(tmp_path, monkeypatch):
+def test_the_log_is_synced_when_it_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_seconds = [100.0]
     synced = []
-    monkeypatch.setattr(writer.time, "monotonic", lambda: now_seconds[0])
-    monkeypatch.setattr(writer.RowLog, "sync", lambda log: synced.append(log.path.name))
+    monkeypatch.setattr(time, "monotonic", lambda: now_seconds[0])
+    monkeypatch.setattr(RowLog, "sync", lambda log: synced.append(log.path.name))
     with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=100) as completions:
         completions.write(outcomes_of([0]))
         now_seconds[0] += 0.9
@@ -153,7 +157,7 @@ def test_the_log_is_synced_when_it_is_due(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("point", [*CRASH_POINTS, "after_log_append:6", "after_rename:2", "after_commit_record:3"])
-def test_a_killed_process_loses_and_doubles_nothing(tmp_path, point):
+def test_a_killed_process_loses_and_doubles_nothing(tmp_path: Path, point: str) -> None:
     died = run_in_a_process(tmp_path, 25, BATCHPIPE_CRASH_AT=point)
     assert died.returncode == 137, died.stderr
     assert not (tmp_path / "_SUCCESS").exists()
@@ -172,7 +176,9 @@ DEATH = st.tuples(st.sampled_from(CRASH_POINTS), st.integers(1, 4))
     total_rows=st.integers(0, 40),
     runs=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 7), DEATH), max_size=4),
 )
-def test_any_runs_and_deaths_end_with_every_row_once(tmp_path_factory, total_rows, runs):
+def test_any_runs_and_deaths_end_with_every_row_once(
+    tmp_path_factory: pytest.TempPathFactory, total_rows: int, runs: list[tuple[int, int, tuple[str, int]]]
+) -> None:
     path = tmp_path_factory.mktemp("run")
     for part_rows, write_rows, (point, occurrence) in runs:
         with pytest.MonkeyPatch.context() as patch:
@@ -188,9 +194,9 @@ def test_any_runs_and_deaths_end_with_every_row_once(tmp_path_factory, total_row
         assert output.finished and output.counts.total == len(output.done) == total_rows
 
 
-def test_a_crash_point_strikes_the_time_it_was_told_to(monkeypatch):
-    ended = []
-    monkeypatch.setattr(crash.os, "_exit", ended.append)
+def test_a_crash_point_strikes_the_time_it_was_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setenv(crash.CRASH_VARIABLE, "here:2")
     monkeypatch.setattr(crash, "_times_passed", type(crash._times_passed)())
     for name in ("here", "there", "here", "here"):

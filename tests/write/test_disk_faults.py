@@ -2,12 +2,13 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from batchpipe.errors import OutputError
-from batchpipe.write import commit, durable, writer
+from batchpipe.write import commit, writer
 from batchpipe.write.writer import CompletionWriter
 from tests.write.completion_cases import (
     Died,
@@ -20,7 +21,7 @@ from tests.write.completion_cases import (
 )
 
 
-def test_a_torn_row_log_costs_only_the_torn_rows(tmp_path):
+def test_a_torn_row_log_costs_only_the_torn_rows(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "crash_point", fail_at("after_log_append", 3))
         with pytest.raises(Died):
@@ -33,18 +34,18 @@ def test_a_torn_row_log_costs_only_the_torn_rows(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["write", "fsync", "replace"])
-def test_a_disk_that_refuses_is_named_and_the_next_run_goes_on(tmp_path, place):
+def test_a_disk_that_refuses_is_named_and_the_next_run_goes_on(tmp_path: Path, place: str) -> None:
     with pytest.raises(Died), pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit, "crash_point", fail_at("after_rename", 1))
         run_job(tmp_path, 12, part_rows=5)
     (committed,) = (tmp_path / "completions").iterdir()
     data = committed.read_bytes()
 
-    def refuse(*args, **kwargs):
+    def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable.os, place, refuse)
+        patch.setattr(os, place, refuse)
         with pytest.raises(OutputError, match="No space left on device.*the same command continues"):
             run_job(tmp_path, 12)
     assert committed.read_bytes() == data
@@ -53,7 +54,7 @@ def test_a_disk_that_refuses_is_named_and_the_next_run_goes_on(tmp_path, place):
 
 
 @pytest.mark.parametrize("limit_bytes", [3000, 6000, 9000])
-def test_a_real_limit_on_file_size(tmp_path, limit_bytes):
+def test_a_real_limit_on_file_size(tmp_path: Path, limit_bytes: int) -> None:
     run_job(tmp_path / "run", 4)
     before = row_indexes(tmp_path / "run")
     (tmp_path / "run" / "_SUCCESS").unlink()
@@ -66,8 +67,10 @@ def test_a_real_limit_on_file_size(tmp_path, limit_bytes):
     assert row_indexes(tmp_path / "run") == list(range(400))
 
 
-def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
+def test_a_failure_in_the_background_is_raised_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with (
@@ -83,7 +86,7 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, monkey
     assert row_indexes(tmp_path) == list(range(6))
 
 
-def test_a_disk_that_gives_back_other_rows_is_not_trusted(tmp_path, monkeypatch):
+def test_a_disk_that_gives_back_other_rows_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_write_table = pq.write_table
     monkeypatch.setattr(pq, "write_table", lambda table, *args, **more: real_write_table(table.slice(1), *args, **more))
     with (

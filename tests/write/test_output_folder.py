@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from batchpipe.errors import OutputError
 from batchpipe.job.identity import Identity
-from batchpipe.write import lock as lock_module
 from batchpipe.write.commit import CommitLog
 from batchpipe.write.lock import FolderLock, holder
 from batchpipe.write.row_log import RowLog
@@ -18,7 +18,7 @@ from batchpipe.write.schema import to_batch
 from tests.write.completion_cases import IDENTITY, open_folder, outcomes_of, row_indexes, run_job
 
 
-def test_a_new_folder_is_made_with_its_parents_and_holds_nothing(tmp_path):
+def test_a_new_folder_is_made_with_its_parents_and_holds_nothing(tmp_path: Path) -> None:
     with open_folder(tmp_path / "runs" / "new") as folder:
         assert len(folder.done) == 0 and folder.counts == RowCounts() and not folder.finished
     state = tmp_path / "runs" / "new" / "_batchpipe"
@@ -26,7 +26,7 @@ def test_a_new_folder_is_made_with_its_parents_and_holds_nothing(tmp_path):
     assert (state / "job.yaml").read_text() == "version: 1\n"
 
 
-def test_what_is_no_folder_of_ours_is_left_alone(tmp_path):
+def test_what_is_no_folder_of_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     for fresh in (False, True):
         with pytest.raises(OutputError, match="holds files, but is no output folder of batchpipe"):
@@ -34,15 +34,15 @@ def test_what_is_no_folder_of_ours_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_file_in_the_place_of_the_folder_or_its_parent(tmp_path):
+def test_a_file_in_the_place_of_the_folder_or_its_parent(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(OutputError, match="cannot be made a folder to write to"):
             open_folder(path)
 
 
-def test_a_read_only_file_system(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
+def test_a_read_only_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "mkdir", refuse)
@@ -50,7 +50,7 @@ def test_a_read_only_file_system(tmp_path, monkeypatch):
         open_folder(tmp_path / "run")
 
 
-def test_another_job_is_refused_with_the_difference(tmp_path):
+def test_another_job_is_refused_with_the_difference(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 5)
     other = Identity({**IDENTITY.parts, "sampling.temperature": 0.7})
     with pytest.raises(OutputError, match=r"belongs to another job:\n  sampling\.temperature: 0\.0 -> 0\.7\n"):
@@ -58,7 +58,7 @@ def test_another_job_is_refused_with_the_difference(tmp_path):
     assert row_indexes(tmp_path / "run") == list(range(5))
 
 
-def test_fresh_moves_the_old_output_aside(tmp_path):
+def test_fresh_moves_the_old_output_aside(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 5)
     run_job(tmp_path / "run", 3, fresh=True)
     (old,) = tmp_path.glob("run.old-*")
@@ -66,12 +66,12 @@ def test_fresh_moves_the_old_output_aside(tmp_path):
     assert row_indexes(tmp_path / "run") == list(range(3))
 
 
-def test_fresh_of_what_is_not_there_yet_moves_nothing(tmp_path):
+def test_fresh_of_what_is_not_there_yet_moves_nothing(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 3, fresh=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_folder_of_another_layout_is_refused(tmp_path):
+def test_a_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
     open_folder(tmp_path / "run").__exit__(None, None, None)
     path = tmp_path / "run" / "_batchpipe" / "identity.json"
     path.write_text(json.dumps({"schema_version": 99, "identity": IDENTITY.parts}))
@@ -79,14 +79,14 @@ def test_a_folder_of_another_layout_is_refused(tmp_path):
         open_folder(tmp_path / "run")
 
 
-def test_completions_without_an_identity_belong_to_nobody(tmp_path):
+def test_completions_without_an_identity_belong_to_nobody(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 3)
     (tmp_path / "run" / "_batchpipe" / "identity.json").unlink()
     with pytest.raises(OutputError, match=r"identity\.json is missing"):
         open_folder(tmp_path / "run")
 
 
-def test_the_second_run_is_refused_and_told_by_whom(tmp_path):
+def test_the_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     with open_folder(tmp_path / "run"):
         for fresh in (False, True):
             with pytest.raises(OutputError, match=rf"in use by another run, process {os.getpid()} on "):
@@ -94,7 +94,7 @@ def test_the_second_run_is_refused_and_told_by_whom(tmp_path):
     open_folder(tmp_path / "run").__exit__(None, None, None)
 
 
-def test_a_dead_holders_lock_is_free(tmp_path):
+def test_a_dead_holders_lock_is_free(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     code = (
         "import os, pathlib, sys; from batchpipe.write.lock import FolderLock;"
@@ -103,33 +103,34 @@ def test_a_dead_holders_lock_is_free(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9
     assert json.loads(path.read_bytes())["pid"] != os.getpid()
     with FolderLock(path):
-        assert holder(path)["pid"] == os.getpid()
+        held_by = holder(path)
+        assert held_by is not None and held_by["pid"] == os.getpid()
     assert holder(path) is None
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
-    def refuse(*args):
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(lock_module.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(OutputError, match="the file system has no locks"):
         open_folder(tmp_path / "run")
 
 
-def test_a_lock_whose_folder_was_moved_meanwhile_is_not_taken(tmp_path, monkeypatch):
+def test_a_lock_whose_folder_was_moved_meanwhile_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lock"
     real_flock = fcntl.flock
 
-    def move_then_lock(descriptor, operation):
+    def move_then_lock(descriptor: int, operation: int) -> None:
         path.rename(tmp_path / "moved")
         real_flock(descriptor, operation)
 
-    monkeypatch.setattr(lock_module.fcntl, "flock", move_then_lock)
+    monkeypatch.setattr(fcntl, "flock", move_then_lock)
     with pytest.raises(OutputError, match="moved aside by another run just now"):
         FolderLock(path)
 
 
-def test_a_committed_part_that_is_gone_or_changed_is_an_error(tmp_path):
+def test_a_committed_part_that_is_gone_or_changed_is_an_error(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 25)
     part = tmp_path / "run" / "completions" / "part-00001.parquet"
     data = part.read_bytes()
@@ -141,7 +142,7 @@ def test_a_committed_part_that_is_gone_or_changed_is_an_error(tmp_path):
         open_folder(tmp_path / "run")
 
 
-def test_a_copy_of_a_part_or_anothers_part_is_an_error(tmp_path):
+def test_a_copy_of_a_part_or_anothers_part_is_an_error(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 5)
     completions = tmp_path / "run" / "completions"
     copy = completions / "part-00007.parquet"
@@ -155,7 +156,7 @@ def test_a_copy_of_a_part_or_anothers_part_is_an_error(tmp_path):
         open_folder(tmp_path / "run")
 
 
-def test_a_commit_log_torn_at_any_byte_or_lost_is_made_again_from_the_parts(tmp_path):
+def test_a_commit_log_torn_at_any_byte_or_lost_is_made_again_from_the_parts(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 12, part_rows=5)
     path = tmp_path / "run" / "_batchpipe" / "commits.jsonl"
     data = path.read_bytes()
@@ -178,7 +179,7 @@ def test_a_commit_log_torn_at_any_byte_or_lost_is_made_again_from_the_parts(tmp_
         assert len(folder.done) == 12
 
 
-def test_a_record_damaged_in_the_middle_is_made_again(tmp_path):
+def test_a_record_damaged_in_the_middle_is_made_again(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 12, part_rows=5)
     path = tmp_path / "run" / "_batchpipe" / "commits.jsonl"
     data = path.read_bytes()
@@ -188,7 +189,7 @@ def test_a_record_damaged_in_the_middle_is_made_again(tmp_path):
     assert sorted(path.read_bytes().splitlines()) == sorted(data.splitlines())
 
 
-def test_a_row_log_with_rows_of_a_part_is_an_error(tmp_path):
+def test_a_row_log_with_rows_of_a_part_is_an_error(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 5)
     with open_folder(tmp_path / "run") as folder:
         log = RowLog(folder.log_path(4), folder.schema)

@@ -10,8 +10,9 @@ from tests.write.completion_cases import SCHEMA, outcomes_of, sample
 
 
 @given(st.lists(st.sets(st.integers(0, 100_000), max_size=30), max_size=8))
-def test_holds_what_was_added_and_refuses_a_second_time(groups):
-    rows, expected = RowSet(), set()
+def test_holds_what_was_added_and_refuses_a_second_time(groups: list[set[int]]) -> None:
+    rows = RowSet()
+    expected: set[int] = set()
     for group in groups:
         indexes = np.array(sorted(group), dtype=np.int64)
         assert rows.overlaps(indexes) == bool(expected & group)
@@ -26,20 +27,20 @@ def test_holds_what_was_added_and_refuses_a_second_time(groups):
     assert not any(index + 1 in rows for index in expected if index + 1 not in expected)
 
 
-def test_a_row_twice_in_one_call_is_refused():
+def test_a_row_twice_in_one_call_is_refused() -> None:
     with pytest.raises(AssertionError, match="twice"):
         RowSet().add(np.array([4, 4]))
 
 
 @given(st.sets(st.integers(0, 500)))
-def test_ranges_give_back_the_rows(rows):
+def test_ranges_give_back_the_rows(rows: set[int]) -> None:
     indexes = np.array(list(rows), dtype=np.int64)
     ranges = to_ranges(indexes)
     assert from_ranges(ranges).tolist() == sorted(rows)
     assert all(after[0] > before[1] + 1 for before, after in zip(ranges, ranges[1:], strict=False))
 
 
-def test_a_row_is_counted_once_and_by_its_worst_sample():
+def test_a_row_is_counted_once_and_by_its_worst_sample() -> None:
     statuses = [
         (RowStatus.SUCCEEDED, RowStatus.SUCCEEDED),
         (RowStatus.SUCCEEDED, RowStatus.FAILED),

@@ -64,7 +64,7 @@ class TransferEvent:
         self._device = device
         self._seconds = 0.0
         on_gpu = device.type == "cuda"
-        self._event: Any = torch.cuda.Event(enable_timing=True, blocking=True) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._event: Any = torch.cuda.Event(enable_timing=True, blocking=True) if on_gpu else None
 
     def record(self) -> None:
         """Puts the mark behind all work so far: on a GPU behind that of the current stream."""
@@ -221,7 +221,7 @@ class Link:
         if self.device.type != "cuda":
             return None
         torch.cuda.set_device(self.device)
-        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.Stream(self.device)
 
     def close(self) -> None:
         """Ends the threads; what has not begun is not done."""

@@ -8,9 +8,10 @@ from statistics import mean
 import numpy as np
 import pytest
 
-from batchpipe.cost.model import KvLink, StepWork
+from batchpipe.cost.model import KvLink
 from batchpipe.scheduler.offload.prefetch_budget import GROWTH, START_BLOCKS, PrefetchBudget
 from batchpipe.types import LinkUse
+from tests.cost.formula_cost import FormulaCost
 
 BLOCK_TOKENS = 16
 KV_BYTES_PER_TOKEN = 1000
@@ -19,21 +20,11 @@ TRUE_BLOCKS = 500  # that the link carries during a step
 RATE = TRUE_BLOCKS / STEP_SECONDS
 
 
-class Expected:
+def expected(scale: float) -> FormulaCost:
     """A cost model that only knows the link, `scale` times as fast as it is; the second stage's is the faster one."""
-
-    num_stages = 2
-    control_seconds = 0.0
-
-    def __init__(self, scale: float) -> None:
-        bytes_per_second = scale * RATE * BLOCK_TOKENS * KV_BYTES_PER_TOKEN
-        self.kv_links = tuple(KvLink(more * bytes_per_second, 1e9, KV_BYTES_PER_TOKEN // 10, 10) for more in (1, 3))
-
-    def stage_seconds(self, stage: int, work: StepWork) -> float:
-        raise NotImplementedError
-
-    def handoff_seconds(self, num_tokens: int) -> float:
-        raise NotImplementedError
+    bytes_per_second = scale * RATE * BLOCK_TOKENS * KV_BYTES_PER_TOKEN
+    links = tuple(KvLink(more * bytes_per_second, 1e9, KV_BYTES_PER_TOKEN // 10, 10) for more in (1, 3))
+    return FormulaCost(num_stages=2, kv_links=links)
 
 
 def uses_of(num_blocks: int, seconds_each: tuple[float, ...]) -> tuple[list[float], list[LinkUse]]:
@@ -62,8 +53,8 @@ def drive(
 
 
 def test_before_anything_is_loaded_the_cost_models_link_counts() -> None:
-    assert PrefetchBudget(Expected(1.0), BLOCK_TOKENS).blocks(STEP_SECONDS) == TRUE_BLOCKS
-    assert PrefetchBudget(Expected(0.5), BLOCK_TOKENS).blocks(2 * STEP_SECONDS) == TRUE_BLOCKS
+    assert PrefetchBudget(expected(1.0), BLOCK_TOKENS).blocks(STEP_SECONDS) == TRUE_BLOCKS
+    assert PrefetchBudget(expected(0.5), BLOCK_TOKENS).blocks(2 * STEP_SECONDS) == TRUE_BLOCKS
 
 
 def test_without_a_rate_it_starts_small_and_doubles_at_most() -> None:
@@ -78,7 +69,7 @@ def test_without_a_rate_it_starts_small_and_doubles_at_most() -> None:
 def test_it_settles_at_what_the_link_carries(
     scale: float | None, noise: float, least_share: float, most_stall: float
 ) -> None:
-    budget = PrefetchBudget(None if scale is None else Expected(scale), BLOCK_TOKENS)
+    budget = PrefetchBudget(None if scale is None else expected(scale), BLOCK_TOKENS)
     loaded, stalls = drive(budget, 600, noise)
     assert least_share * TRUE_BLOCKS <= mean(loaded[100:]) <= 1.02 * TRUE_BLOCKS
     assert mean(stalls[100:]) <= most_stall
@@ -86,7 +77,7 @@ def test_it_settles_at_what_the_link_carries(
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_a_link_that_drops_to_a_tenth_and_comes_back_is_followed_at_once(noise: float) -> None:
-    budget = PrefetchBudget(Expected(1.0), BLOCK_TOKENS)
+    budget = PrefetchBudget(expected(1.0), BLOCK_TOKENS)
     loaded, stalls = drive(budget, 400, noise, lambda step: 0.1 if 200 <= step < 300 else 1.0)
     before = mean(loaded[150:200])
     assert before >= 0.8 * TRUE_BLOCKS
@@ -97,7 +88,7 @@ def test_a_link_that_drops_to_a_tenth_and_comes_back_is_followed_at_once(noise: 
 
 def test_a_stall_of_the_first_of_eight_stages_is_weighed_by_what_a_round_loses() -> None:
     """A step's first stage waits for a tenth of its loads, whatever their number; seven stages never do."""
-    budget = PrefetchBudget(Expected(1.0), BLOCK_TOKENS)
+    budget = PrefetchBudget(expected(1.0), BLOCK_TOKENS)
     for _ in range(1000):
         num_blocks = budget.blocks(STEP_SECONDS)
         each = num_blocks / RATE
@@ -107,7 +98,7 @@ def test_a_stall_of_the_first_of_eight_stages_is_weighed_by_what_a_round_loses()
 
 
 def test_what_nothing_can_hide_is_no_reason_to_load_less() -> None:
-    budgets = [PrefetchBudget(Expected(1.0), BLOCK_TOKENS, share) for share in (0.1, 0.0)]
+    budgets = [PrefetchBudget(expected(1.0), BLOCK_TOKENS, share) for share in (0.1, 0.0)]
     for budget in budgets:
         for _ in range(1000):
             num_blocks = budget.blocks(STEP_SECONDS)
@@ -121,13 +112,13 @@ def test_what_nothing_can_hide_is_no_reason_to_load_less() -> None:
 
 
 def test_a_single_slow_copy_changes_little() -> None:
-    budget = PrefetchBudget(Expected(1.0), BLOCK_TOKENS)
+    budget = PrefetchBudget(expected(1.0), BLOCK_TOKENS)
     loaded, _ = drive(budget, 120, share=lambda step: 0.02 if step == 100 else 1.0)
     assert min(loaded[90:]) >= 0.9 * TRUE_BLOCKS
 
 
 def test_steps_that_load_little_teach_no_larger_budget() -> None:
-    budget = PrefetchBudget(Expected(1.0), BLOCK_TOKENS)
+    budget = PrefetchBudget(expected(1.0), BLOCK_TOKENS)
     for _ in range(1000):
         budget.observe(TRUE_BLOCKS // 10, *uses_of(TRUE_BLOCKS // 10, (1 / RATE,)))
         budget.observe(0, *uses_of(0, (1 / RATE,)))
@@ -136,14 +127,14 @@ def test_steps_that_load_little_teach_no_larger_budget() -> None:
 
 
 def test_even_the_slowest_link_is_tried_again() -> None:
-    budget = PrefetchBudget(Expected(1e-6), BLOCK_TOKENS)
+    budget = PrefetchBudget(expected(1e-6), BLOCK_TOKENS)
     assert budget.blocks(STEP_SECONDS) == 1
     loaded, _ = drive(budget, 20)
     assert loaded[-1] >= 0.9 * TRUE_BLOCKS
 
 
 def test_an_unpredicted_step_is_taken_to_be_as_long_as_the_last_one_without_its_stall() -> None:
-    budget = PrefetchBudget(Expected(1.0), BLOCK_TOKENS)
+    budget = PrefetchBudget(expected(1.0), BLOCK_TOKENS)
     assert budget.blocks() == START_BLOCKS
     stage_seconds, uses = uses_of(2 * TRUE_BLOCKS, (1 / RATE,))
     budget.observe(2 * TRUE_BLOCKS, stage_seconds, uses)

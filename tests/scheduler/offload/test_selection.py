@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchpipe.cost.model import StepWork
 from batchpipe.scheduler.offload.circulation import Circulation, Manner
 from batchpipe.scheduler.offload.circulation_clock import CirculatedRun, Rates, run_circulation
 from batchpipe.scheduler.offload.decode_time import DecodeTime
@@ -27,6 +26,7 @@ from batchpipe.scheduler.offload.selection import (
     refined,
     select,
 )
+from tests.cost.formula_cost import FormulaCost
 
 BLOCK_TOKENS = 16
 TIME = DecodeTime(0.010 + 0.00005 * np.maximum(0, np.arange(4097) - 64), 1e-8)
@@ -98,7 +98,7 @@ def test_short_sequences_first_in_the_warm_up_and_the_time_of_the_others_after_i
     candidates = Candidates(context, -(-context // BLOCK_TOKENS), np.zeros(6, dtype=np.int64))
     aim = Aim(TIME, 40, 10, 64, 0, 0, None, 100)
     assert greedy(candidates, aim, np.zeros(6, dtype=np.bool_)).tolist() == [True, False, True, False, True, False]
-    slower = DecodeTime(0.010 + 0.001 * np.arange(512), 0.0)
+    slower = DecodeTime(0.010 + 0.001 * np.arange(512, dtype=np.float64), 0.0)
     aim = Aim(slower, 100, 10, 10, 0, 0, 0.022, 100)
     assert select(candidates, aim).sum() == 2, "ten kept and two more take the target's time"
 
@@ -168,18 +168,9 @@ def test_the_correction_finds_what_the_link_really_carries(rate: float) -> None:
 # -- batches that circulate ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FlatCost:
+def flat_cost(num_stages: int) -> FormulaCost:
     """Any step of up to 128 rows takes 10 ms a stage."""
-
-    num_stages: int
-    control_seconds: float = 0.0
-
-    def stage_seconds(self, stage: int, work: StepWork) -> float:
-        return 0.010 * max(1.0, work.num_tokens / 128)
-
-    def handoff_seconds(self, num_tokens: int) -> float:
-        return 0.0
+    return FormulaCost(lambda stage, work: 0.010 * max(1.0, work.num_tokens / 128), num_stages)
 
 
 def tiers_of(link_blocks_per_step: float, device_blocks: int = 4000) -> Tiers:
@@ -199,7 +190,7 @@ def manner_of(window: Window, num_batches: int, rides: bool = False) -> Manner:
 def circulate(
     tiers: Tiers, manner: Manner, prompts: np.ndarray, outputs: np.ndarray, num_stages: int
 ) -> tuple[Circulation, CirculatedRun]:
-    cost = FlatCost(num_stages)
+    cost = flat_cost(num_stages)
     circulation = Circulation(prompts, outputs, tiers, manner, DecodeTime.of(cost, 1024))
     rates = Rates(tiers.load_bytes_per_second, tiers.load_bytes_per_second, lambda index: 1.0)
     return circulation, run_circulation(circulation, cost, rates, after_decision=circulation.residency.check)

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from batchpipe.cost.model import KvLink, StepWork
+from batchpipe.cost.model import KvLink
 from batchpipe.kv.block_manager import BlockManager
 from batchpipe.scheduler.offload.prefetch_budget import PrefetchBudget
 from batchpipe.scheduler.offload.working_set_limit import RECONSIDER_STEPS, WorkingSetLimit
 from batchpipe.scheduler.state import SchedulerState
 from batchpipe.scheduler.step_time import StepTime
+from tests.cost.formula_cost import FormulaCost
 from tests.scheduler.scheduler_cases import capacity, request, scheduler_for
 
 NUM_DEVICE, NUM_HOST = 100, 1000
 
 
-class Linear:
-    """A step takes so long, and so much longer for each sequence; its link carries 20,000 blocks a second."""
-
-    num_stages = 1
-    control_seconds = 0.0
-    kv_links = (
-        KvLink(load_bytes_per_second=8e4, store_bytes_per_second=8e4, kv_bytes_per_token_layer=1, num_layers=1),
-    )
-
-    def __init__(self, fixed_seconds: float, seconds_each: float) -> None:
-        self.fixed_seconds, self.seconds_each = fixed_seconds, seconds_each
-
-    def stage_seconds(self, stage: int, work: StepWork) -> float:
-        return self.fixed_seconds + self.seconds_each * work.num_decodes
-
-    def handoff_seconds(self, num_tokens: int) -> float:
-        return 0.0
+LINK = KvLink(load_bytes_per_second=8e4, store_bytes_per_second=8e4, kv_bytes_per_token_layer=1, num_layers=1)
 
 
-def limit_for(cost: Linear | None, exposed_share: float) -> tuple[WorkingSetLimit, SchedulerState]:
+def linear(fixed_seconds: float, seconds_each: float) -> FormulaCost:
+    """A step takes the fixed time and more for each sequence; the link carries 20,000 blocks a second."""
+    return FormulaCost(lambda stage, work: fixed_seconds + seconds_each * work.num_decodes, kv_links=(LINK,))
+
+
+def limit_for(cost: FormulaCost | None, exposed_share: float) -> tuple[WorkingSetLimit, SchedulerState]:
     """With ten sequences of four blocks that run: the device holds 25 such."""
     offered = capacity(
         num_blocks=NUM_DEVICE, num_host_blocks=NUM_HOST, max_batch_sequences=500, offload="layer", streams_per_block=10
@@ -62,7 +52,7 @@ def limit_for(cost: Linear | None, exposed_share: float) -> tuple[WorkingSetLimi
 def test_kv_moves_where_that_brings_tokens(
     fixed_seconds: float, seconds_each: float, exposed_share: float, moves: bool
 ) -> None:
-    limit, _ = limit_for(Linear(fixed_seconds, seconds_each), exposed_share)
+    limit, _ = limit_for(linear(fixed_seconds, seconds_each), exposed_share)
     blocks = limit.blocks()
     assert NUM_DEVICE <= blocks <= NUM_HOST
     assert (blocks > NUM_DEVICE) == moves
@@ -74,9 +64,10 @@ def test_without_a_cost_model_the_link_alone_counts() -> None:
 
 
 def test_an_answer_stands_for_a_while() -> None:
-    cost = Linear(0.001, 0.001)
+    fixed_seconds, seconds_each = 0.001, 0.001
+    cost = FormulaCost(lambda stage, work: fixed_seconds + seconds_each * work.num_decodes, kv_links=(LINK,))
     limit, _ = limit_for(cost, 0.05)
     assert limit.blocks() == NUM_DEVICE
-    cost.fixed_seconds, cost.seconds_each = 0.01, 0.0
+    fixed_seconds, seconds_each = 0.01, 0.0
     later = [limit.blocks() for _ in range(RECONSIDER_STEPS + 1)]
     assert later[:-1] == [NUM_DEVICE] * RECONSIDER_STEPS and later[-1] > NUM_DEVICE

@@ -5,28 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from batchpipe.cost.model import StepWork
 from batchpipe.predict.base import Survival
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import Step
+from tests.cost.formula_cost import FormulaCost
 from tests.scheduler.scheduler_cases import EOS, capacity, drive, fake, request
 
-
-class Tiles:
-    """Steps cost by whole tiles of 16 tokens."""
-
-    num_stages = 4
-    control_seconds = 0.0
-
-    def stage_seconds(self, stage: int, work: StepWork) -> float:
-        return float(-(-work.num_tokens // 16))
-
-    def handoff_seconds(self, num_tokens: int) -> float:
-        return 0.0
+TILES = FormulaCost(lambda stage, work: float(-(-work.num_tokens // 16)), num_stages=4)
 
 
 def planner_of(schedule: str, *, curves: Survival | None = None, **offered: int) -> Scheduler:
-    cost = Tiles() if offered.get("max_batches", 1) > 1 else None
+    cost = TILES if offered.get("max_batches", 1) > 1 else None
     scheduler = Scheduler(
         capacity(**offered), schedule, frozenset({EOS}), lambda seed, row_id, sample: 0, lambda params: None, cost
     )
