@@ -75,17 +75,18 @@ class Source:
         if column is None:
             return [_file_row(batch, offset) for offset in range(count)], faults
         row_ids: list[Any] = [row.get(column) for row in batch.rows[:count]]
-        wrong = (
-            {} if _are_plain(row_ids) else {o: why for o, value in enumerate(row_ids) if (why := _fault(value, column))}
-        )
-        for offset, message in wrong.items():
-            faults.setdefault(offset, RowError(ErrorCode.BAD_ID, message))
-        given = {offset: str(row_id) for offset, row_id in enumerate(row_ids) if offset not in wrong}
-        for (offset, row_id), was_seen in zip(given.items(), seen_ids.add_batch(list(given.values())), strict=True):
+        if not _are_plain(row_ids):
+            for offset, value in enumerate(row_ids):
+                message = _fault(value, column)
+                row_ids[offset] = str(value) if message is None else None
+                if message is not None:
+                    faults.setdefault(offset, RowError(ErrorCode.BAD_ID, message))
+        given = [offset for offset, row_id in enumerate(row_ids) if row_id is not None]
+        for offset, was_seen in zip(given, seen_ids.add_batch([row_ids[o] for o in given]), strict=True):
             if was_seen:
-                message = f"the id {row_id!r} belongs to an earlier row"
+                message = f"the id {row_ids[offset]!r} belongs to an earlier row"
                 faults.setdefault(offset, RowError(ErrorCode.DUPLICATE_ID, message))
-        return [given.get(offset) or _file_row(batch, offset) for offset in range(count)], faults
+        return [row_id or _file_row(batch, offset) for offset, row_id in enumerate(row_ids)], faults
 
 
 def open_source(spec: InputSpec, *, carry: Carry, needed: frozenset[str], exclude: Path | None = None) -> Source:

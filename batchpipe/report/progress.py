@@ -76,25 +76,20 @@ class Progress:
         now_seconds, _ = self._window[-1]
         oldest_seconds, oldest = self._window[0] if len(self._window) > 1 else (self._started_seconds, Reading())
         recent_seconds = max(now_seconds - oldest_seconds, 1e-9)
-        overall_seconds = max(now_seconds - self._started_seconds, 1e-9)
         input_rate = (reading.input_tokens - oldest.input_tokens) / recent_seconds
         output_rate = (reading.output_tokens - oldest.output_tokens) / recent_seconds
-        overall_rate = reading.output_tokens / overall_seconds
-        line = (
-            f"{reading.rows_failed:,} failed | tokens/s: {input_rate:,.0f} in, {output_rate:,.0f} out "
-            f"({overall_rate:,.0f} overall)"
-        )
-        seconds_left = self._seconds_left(reading)
-        return line if seconds_left is None else f"{line} | {timedelta(seconds=round(seconds_left))} left"
+        overall_rate = reading.output_tokens / max(now_seconds - self._started_seconds, 1e-9)
+        line = f"{reading.rows_failed:,} failed | tokens/s: {input_rate:,.0f} in, {output_rate:,.0f} out"
+        return f"{line} ({overall_rate:,.0f} overall){self._time_left(reading, now_seconds)}"
 
-    def _seconds_left(self, reading: Reading) -> float | None:
+    def _time_left(self, reading: Reading, now_seconds: float) -> str:
         """Extrapolated from the fraction that this run has done so far, without that of earlier runs."""
         assert self._first is not None
         first_seconds, first = self._first
         if first.fraction is None or reading.fraction is None or reading.fraction <= first.fraction:
-            return None
-        seconds = self._window[-1][0] - first_seconds
-        return seconds * (1 - reading.fraction) / (reading.fraction - first.fraction)
+            return ""
+        seconds = (now_seconds - first_seconds) * (1 - reading.fraction) / (reading.fraction - first.fraction)
+        return f" | {timedelta(seconds=round(seconds))} left"
 
     def _choose_display(self) -> tuple[Callable[[Reading], None], Callable[[], None], float]:
         """(function that shows a reading, function that ends the display, seconds between two readings)."""
