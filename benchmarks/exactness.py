@@ -29,7 +29,8 @@ from batchpipe.model.describe import ModelInfo, describe_model
 from batchpipe.model.tokenizer import load_tokenizer
 from batchpipe.pipeline.local import LocalPipeline
 from batchpipe.pipeline.memory import StageMemory
-from batchpipe.placement.open import stage_layers, stage_specs
+from batchpipe.placement.open import stage_specs
+from batchpipe.placement.stage_split import StageSplit, stage_layers
 from batchpipe.runner.engine import Engine
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import Capacity, Carried, Request, RowKey
@@ -83,6 +84,7 @@ def own_tokens(
 ) -> tuple[list[list[int]], Scheduler]:
     """The tokens of every prompt, and the scheduler as it was left."""
     with_host = setting.offload != "none"
+    split = StageSplit("cpu", stage_layers(info, setting.num_stages))
     engine_spec = EngineSpec(
         device="cpu",
         block_tokens=setting.block_tokens,
@@ -100,12 +102,12 @@ def own_tokens(
             max_step_tokens=STEP_TOKENS,
             max_batch_sequences=BATCH_SEQUENCES,
             num_host_blocks=RESIDENT_TOKENS // setting.block_tokens if with_host else 0,
-            streams_per_block=min(map(len, stage_layers(info, setting.num_stages))) // 2,
+            streams_per_block=split.streams_per_block,
             offload=setting.offload,
         )
 
     sampling = Sampling(max_tokens=num_new_tokens, temperature=0.0).params()
-    with LocalPipeline(stage_specs(engine_spec, info, "cpu", setting.num_stages), capacity_of) as pipeline:
+    with LocalPipeline(stage_specs(engine_spec, info, split, setting.block_tokens), capacity_of) as pipeline:
         engine = Engine([pipeline], "hybrid", frozenset(info.eos_token_ids), lambda params: None)
         engine.add(
             Request(RowKey(i, str(i), Carried(NO_COLUMNS, 0)), np.array(prompt, np.int32), sampling)

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 import batchpipe
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
+from batchpipe.placement.offload_mode import OffloadChoice
 from batchpipe.placement.open import open_pipelines
 from batchpipe.runner.run import run_job
 
@@ -44,7 +45,8 @@ def run_one(settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = settings["job"] | {"output": {"path": f"{folder}/output", "columns": "none"}}
         # What the command decides for itself is given here, so that every way can be measured.
-        run_job(job, open_pipelines=partial(open_pipelines, offload=settings["offload"], link=link))
+        offload = OffloadChoice(settings["offload"], "given")
+        run_job(job, open_pipelines=lambda placed: open_pipelines(replace(placed, offload=offload), link=link))
         figures = pq.read_table(f"{folder}/output/metrics.parquet").to_pylist()[-1]
         table = pq.read_table(f"{folder}/output/completions").sort_by([("row_index", "ascending")])
     print(json.dumps({key: figures[key] for key in KEYS} | {"texts": table["completion"].to_pylist()}))

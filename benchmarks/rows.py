@@ -21,10 +21,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchpipe.job.spec import EngineSpec
-from batchpipe.model.describe import ModelInfo
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.fake import FakePipeline
+from batchpipe.placement.placement import Placement
 from batchpipe.runner.run import run_job
 from batchpipe.types import Capacity
 
@@ -49,7 +48,7 @@ def write_input(path: Path, num_rows: int) -> None:
             writer.write_table(pa.table(columns, schema))
 
 
-def open_fake(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+def open_fake(placement: Placement) -> list[Pipeline]:
     capacity = Capacity(
         num_blocks=4096,
         block_tokens=64,
@@ -58,6 +57,7 @@ def open_fake(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
         max_step_tokens=16384,
         max_batch_sequences=256,
     )
+    info = placement.info
     return [FakePipeline(capacity, info.vocabulary_size, info.eos_token_ids[0], eos_every=2)]
 
 

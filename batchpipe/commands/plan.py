@@ -12,13 +12,13 @@ from batchpipe.errors import InputError
 from batchpipe.job import Job
 from batchpipe.job.spec import EngineSpec
 from batchpipe.pipeline.simulated import SimulatedPipeline
-from batchpipe.placement.capacity import offered_capacity
-from batchpipe.placement.machine import Machine, choose_kv, other_machine, run_cost, stage_weight_bytes, this_machine
-from batchpipe.placement.offload_mode import OffloadChoice
-from batchpipe.placement.open import stage_layers
+from batchpipe.placement.machine import described_machine, this_machine
+from batchpipe.placement.placement import Placement, place
+from batchpipe.placement.stage_split import stage_layers, stage_weight_bytes
+from batchpipe.placement.step_cost import estimated_cost
 from batchpipe.runner.prepare import Prepared, prepare
 from batchpipe.runner.simulate import SimulatedRun, simulate
-from batchpipe.types import Capacity, FailedRow, Request
+from batchpipe.types import FailedRow, Request
 
 # Rows that are simulated; what more there is takes as long as the later half of these.
 SAMPLE_ROWS = 4000
@@ -39,12 +39,8 @@ class Setting:
 class Outlook:
     """One setting on one machine, simulated."""
 
-    machine: Machine
-    capacity: Capacity
-    offload: OffloadChoice
-    kv_bytes_per_stage: tuple[int, ...]
-    kv_host_bytes_per_stage: tuple[int, ...]
-    weight_bytes_per_stage: tuple[int, ...]
+    placement: Placement
+    times_from: str
     run: SimulatedRun
     seconds: float  # of the whole input
 
@@ -67,7 +63,8 @@ def plan_job(job: Job, hardware: str | None = None) -> dict[str, Any]:
     rows = range(len(requests))
     outlook = bench.outlook(setting, rows)
     low, high = (bench.outlook(setting, rows, scale).seconds for scale in lengths.scales)
-    run, capacity, machine = outlook.run, outlook.capacity, outlook.machine
+    run, placement, capacity = outlook.run, outlook.placement, outlook.placement.capacity
+    split, kv_blocks = placement.split, max(capacity.num_blocks, capacity.num_host_blocks)
     per_row = num_rows / len(requests)
     num_prompt_tokens = sum(len(request.prompt_token_ids) * per_row for request in requests)
     num_output_tokens = sum(
@@ -77,19 +74,19 @@ def plan_job(job: Job, hardware: str | None = None) -> dict[str, Any]:
     return {
         "model": prepared.model.name,
         "dtype": info.dtype,
-        "hardware": machine.name,
-        "times_from": machine.source,
+        "hardware": placement.device_name,
+        "times_from": outlook.times_from,
         "lengths_from": lengths.source,
-        "num_stages": machine.layout.num_stages,
-        "num_replicas": machine.layout.num_replicas,
+        "num_stages": split.num_stages,
+        "num_replicas": split.num_replicas,
         "schedule": setting.schedule,
-        "weight_bytes_per_stage": outlook.weight_bytes_per_stage,
-        "kv_bytes_per_stage": outlook.kv_bytes_per_stage,
-        "kv_host_bytes_per_stage": outlook.kv_host_bytes_per_stage,
-        "kv_capacity_tokens": max(capacity.num_blocks, capacity.num_host_blocks) * capacity.block_tokens,
-        "peak_kv_fraction": run.peak_used_blocks / max(capacity.num_blocks, capacity.num_host_blocks),
-        "offload": outlook.offload.mode,
-        "offload_reason": outlook.offload.reason,
+        "weight_bytes_per_stage": placement.weight_bytes_per_stage,
+        "kv_bytes_per_stage": placement.kv_bytes_per_stage,
+        "kv_host_bytes_per_stage": placement.kv_host_bytes_per_stage,
+        "kv_capacity_tokens": kv_blocks * capacity.block_tokens,
+        "peak_kv_fraction": run.peak_used_blocks / kv_blocks,
+        "offload": placement.offload.mode,
+        "offload_reason": placement.offload.reason,
         "rows": round(num_rows),
         "simulated_rows": len(requests),
         "prompt_tokens": round(num_prompt_tokens),
@@ -102,7 +99,7 @@ def plan_job(job: Job, hardware: str | None = None) -> dict[str, Any]:
         "phase_switches": run.num_phase_switches,
         "preemptions": run.num_preemptions,
         "recomputed_tokens": run.num_recomputed_tokens,
-        "link_bytes": round((num_prompt_tokens + num_output_tokens) * (machine.layout.num_stages - 1) * hidden_bytes),
+        "link_bytes": round((num_prompt_tokens + num_output_tokens) * (split.num_stages - 1) * hidden_bytes),
         "planner_fraction": run.planner_seconds / run.seconds,
         "knob": bench.best_knob(setting, outlook),
     }
@@ -121,25 +118,21 @@ class _Bench:
         self._prepared = prepared
         self._lengths = lengths
         self._num_rows = num_rows
-        self._hardware = hardware
-        self._machines: dict[tuple[Any, ...], Machine] = {}  # looked at once, so that all settings have the same memory
+        # Looked at once, so that all settings have the same memory.
+        self._machine = described_machine(hardware) if hardware else this_machine(prepared.job.engine)
 
     def outlook(self, setting: Setting, rows: Sequence[int], scale: float = 1.0) -> Outlook:
         """`rows` are numbers of the rows looked at; where it is all of them, the rest of the input is added."""
         info = self._prepared.info
-        machine = self._machine(setting.engine)
-        layers, num_replicas = machine.layout.layers, machine.layout.num_replicas
-        memory = machine.stage_memory(info)
-        cost = machine.cost(layers)
-        # On this machine the run chooses by what it knows of step times, which may be less.
-        known = cost if self._hardware else run_cost(setting.engine, info, self._prepared.model.name)
-        offload = choose_kv(setting.engine, info, machine, known, self._prepared.num_sequences())
-        capacity = offered_capacity(setting.engine, info, machine.layout, memory, offload.mode)
+        placement = place(self._machine, setting.engine, info, self._prepared.num_sequences())
+        # A run chooses by what it knows of step times, which may be less than what is simulated with.
+        cost = placement.cost or estimated_cost(self._machine, placement.split, info)
+        num_replicas = placement.split.num_replicas
         own = rows[::num_replicas]
 
         def run(rows: Sequence[int]) -> SimulatedRun:
             by_stream = self._lengths.by_stream(rows, scale)
-            pipeline = SimulatedPipeline(capacity, cost, by_stream, self._lengths.eos_token_id)
+            pipeline = SimulatedPipeline(placement.capacity, cost.model, by_stream, self._lengths.eos_token_id)
             requests = [self._lengths.requests[row] for row in rows]
             return simulate([pipeline], requests, setting.schedule, predictor=self._lengths.predictor())
 
@@ -150,16 +143,7 @@ class _Bench:
         if left > 0 and len(own) > 1:
             half = own[: len(own) // 2]
             seconds += left * (whole.seconds - run(half).seconds) / (len(own) - len(half))
-        return Outlook(
-            machine,
-            capacity,
-            offload,
-            tuple(capacity.num_blocks * one.bytes_per_block for one in memory),
-            tuple(capacity.num_host_blocks * one.bytes_per_block for one in memory),
-            tuple(stage_weight_bytes(info, layers)),
-            whole,
-            seconds,
-        )
+        return Outlook(placement, cost.source, whole, seconds)
 
     def best_knob(self, setting: Setting, outlook: Outlook) -> dict[str, Any] | None:
         """The one change that saves most, tried on fewer rows; None where none is worth naming."""
@@ -179,33 +163,25 @@ class _Bench:
             changed = EngineSpec.model_validate(setting.engine.model_dump() | {key: value})
             return f"engine.{key}", value, replace(setting, engine=changed)
 
-        yield engine("max_batch_sequences", 2 * outlook.capacity.max_batch_sequences)
-        machine, layout = outlook.machine, outlook.machine.layout
-        on_cpu = layout.device == "cpu"
-        room = min(one.free_bytes for one in machine.stage_memory(self._prepared.info))
-        room = room // (layout.num_pools if on_cpu else 1) - (max(outlook.kv_host_bytes_per_stage) if on_cpu else 0)
-        more = 2 * max(outlook.kv_bytes_per_stage)
-        if more <= room and (outlook.offload.mode == "none" or more < setting.engine.kv_host_memory):
-            yield engine("kv_device_memory", more)
+        placement, split = outlook.placement, outlook.placement.split
+        yield engine("max_batch_sequences", 2 * placement.capacity.max_batch_sequences)
+        on_cpu = split.device == "cpu"
+        room_bytes = min(stage.free_bytes for stage in placement.stages)
+        if on_cpu:
+            room_bytes = room_bytes // split.num_pools - max(placement.kv_host_bytes_per_stage)
+        more_bytes = 2 * max(placement.kv_bytes_per_stage)
+        may_grow = placement.offload.mode == "none" or more_bytes < setting.engine.kv_host_memory
+        if more_bytes <= room_bytes and may_grow:
+            yield engine("kv_device_memory", more_bytes)
         if not on_cpu and setting.engine.offload in ("auto", "none"):
-            for num_stages in (n for n in range(1, layout.num_pools + 1) if layout.num_pools % n == 0):
+            for num_stages in (n for n in range(1, split.num_pools + 1) if split.num_pools % n == 0):
                 layers = stage_layers(self._prepared.info, num_stages)
                 weights = max(stage_weight_bytes(self._prepared.info, layers))
-                if num_stages != layout.num_stages and weights < 0.8 * machine.free_bytes:
+                if num_stages != split.num_stages and weights < 0.8 * self._machine.free_bytes:
                     yield engine("num_stages", num_stages)
         for schedule in ("temporal", "hybrid"):
             if schedule != setting.schedule:
                 yield "plan.schedule", schedule, replace(setting, schedule=schedule)
-
-    def _machine(self, engine: EngineSpec) -> Machine:
-        key = (engine.num_stages, engine.replicas, engine.block_tokens)
-        if key not in self._machines:
-            info = self._prepared.info
-            if self._hardware is None:
-                self._machines[key] = this_machine(engine, info, self._prepared.model.name)
-            else:
-                self._machines[key] = other_machine(self._hardware, engine, info)
-        return self._machines[key]
 
 
 def describe_plan(plan: dict[str, Any]) -> str:

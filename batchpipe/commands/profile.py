@@ -12,7 +12,10 @@ from batchpipe.job import load_job
 from batchpipe.job.spec import EngineSpec, ModelSpec
 from batchpipe.model.describe import describe_model
 from batchpipe.model.resolve import resolve_model
-from batchpipe.placement.open import resolve_device, resolve_num_replicas, resolve_num_stages, stage_specs
+from batchpipe.placement.devices import resolve_device
+from batchpipe.placement.machine import this_machine
+from batchpipe.placement.open import stage_specs
+from batchpipe.placement.stage_split import split_stages
 from batchpipe.profiling.measure import measure
 
 
@@ -28,12 +31,17 @@ def profile_command(model_or_job: str, output: Path | None, seconds: float) -> d
     started = perf_counter()
     model_spec, engine = _specs(model_or_job)
     model = resolve_model(model_spec)
-    device = resolve_device(engine)
-    info = describe_model(model.folder, model_spec.dtype, device=device, trust_remote_code=model_spec.trust_remote_code)
-    num_stages = resolve_num_stages(engine, info, device)
-    num_replicas = resolve_num_replicas(engine, device, num_stages)
-    spec = stage_specs(engine, info, device, num_stages, num_replicas=num_replicas)[0]
-    profile = measure(info, model.name, spec, seconds)
+    info = describe_model(
+        model.folder,
+        model_spec.dtype,
+        name=model.name,
+        device=resolve_device(engine),
+        trust_remote_code=model_spec.trust_remote_code,
+    )
+    machine = this_machine(engine)
+    split = split_stages(machine, engine, info)
+    spec = stage_specs(engine, info, split, machine.block_tokens(engine, info))[0]
+    profile = measure(info, spec, seconds)
     path = output or profile_path(model.name, profile.device, info.dtype)
     save_profile(profile, path)
     return {

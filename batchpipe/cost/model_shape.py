@@ -48,7 +48,7 @@ class ModelShape:
     def of(cls, info: ModelInfo) -> ModelShape:
         """The geometry of a described model."""
         return cls(
-            name=info.folder.name,
+            name=info.name,
             num_layers=info.num_layers,
             num_heads=info.num_heads,
             num_kv_heads=info.num_kv_heads,

@@ -20,6 +20,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 class ModelInfo:
     """One model, as it will be run. Bytes are those of `dtype`, not of the files."""
 
+    name: str  # as the job calls it
     folder: Path
     trust_remote_code: bool
     architecture: str
@@ -48,10 +49,16 @@ class ModelInfo:
 
 
 def describe_model(
-    folder: Path, dtype: str = "auto", *, device: str = "cpu", trust_remote_code: bool = False
+    folder: Path,
+    dtype: str = "auto",
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> ModelInfo:
     """Reads config.json, the tokenizer's size and the weight files' headers.
 
+    name: what the job calls the model; the folder's name where it is None.
     dtype: auto (the checkpoint's own), bfloat16, float16 or float32. Raises ModelError where the folder is
     incomplete, damaged, or holds a model that cannot run.
     """
@@ -63,6 +70,7 @@ def describe_model(
     layer_elements, layer_active_elements, other_elements = _count_elements(tensors, config)
     item_bytes = _ITEM_BYTES[dtype]
     return ModelInfo(
+        name=name or folder.name,
         folder=folder,
         trust_remote_code=trust_remote_code,
         architecture=(config.architectures or [config.model_type])[0],

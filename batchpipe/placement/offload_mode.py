@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from batchpipe.kv.layout import saves_room
 from batchpipe.scheduler.offload.selection import BATCH_BUFFERS, batch_capacity_blocks
 
 OffloadMode = Literal["none", "batch", "layer", "both"]
-# Two layers of a block pass through the device at a time, so only stages of four layers and more save room by that.
-LEAST_STREAMS_PER_BLOCK = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def choose_offload(
     if host_blocks == 0:
         return OffloadChoice("none", "engine.kv_host_memory is 0")
     if asked in ("none", "batch", "layer"):
-        assert asked != "layer" or streams_per_block >= LEAST_STREAMS_PER_BLOCK, "too few layers to stream"
+        assert asked != "layer" or saves_room(streams_per_block), "too few layers to stream"
         mode: OffloadMode = asked  # type: ignore[assignment]
         return OffloadChoice(mode, f"engine.offload is {asked}")
     assert asked == "auto"
@@ -59,7 +58,7 @@ def choose_offload(
         )
     if needed_blocks is not None and needed_blocks <= device_blocks:
         return OffloadChoice("none", f"the device's {device_blocks} blocks hold all that can run at a time")
-    if streams_per_block < LEAST_STREAMS_PER_BLOCK:
+    if not saves_room(streams_per_block):
         return OffloadChoice("batch", "a stage of fewer than four layers has too few to stream them")
     if num_stages == 1:
         return OffloadChoice("layer", "one stage: no other batch computes while KV comes, but other layers do")

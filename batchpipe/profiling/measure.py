@@ -31,8 +31,8 @@ _NUM_ROUNDS = 5  # that should fit in the rest; of a large model fewer layers ar
 _WEIGHT_SHARE = 0.5  # of free memory, for the weights of the layers measured
 
 
-def measure(info: ModelInfo, name: str, spec: StageSpec, seconds: float) -> Profile:
-    """Profiles the device of `spec`, in about `seconds`; `name` is what the profile calls the model."""
+def measure(info: ModelInfo, spec: StageSpec, seconds: float) -> Profile:
+    """Profiles the device of `spec`, in about `seconds`."""
     ending = perf_counter() + seconds
     handoff = measure_handoff(info.hidden_size, getattr(torch, info.dtype))
     greedy_row_seconds, random_row_seconds = row_seconds(spec)
@@ -58,7 +58,7 @@ def measure(info: ModelInfo, name: str, spec: StageSpec, seconds: float) -> Prof
         device=device_name,
         measured_on=date.today().isoformat(),
         model=ProfiledModel(
-            name=name,
+            name=info.name,
             dtype=info.dtype,
             num_layers=info.num_layers,
             num_heads=info.num_heads,

@@ -16,7 +16,9 @@ from batchpipe.job.identity import Identity, identity
 from batchpipe.model.describe import ModelInfo, describe_model
 from batchpipe.model.resolve import ResolvedModel, resolve_model
 from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
-from batchpipe.placement.open import resolve_device
+from batchpipe.placement.devices import resolve_device
+from batchpipe.placement.machine import this_machine
+from batchpipe.placement.placement import Placement, place
 from batchpipe.predict.base import LengthPredictor
 from batchpipe.predict.open import open_predictor
 from batchpipe.read.render import Renderer, needed_columns
@@ -95,6 +97,10 @@ class Prepared:
             fresh=fresh,
         )
 
+    def place(self) -> Placement:
+        """On this machine. Raises JobError or MemoryLimitError; see `batchpipe.placement.placement.place`."""
+        return place(this_machine(self.job.engine), self.job.engine, self.info, self.num_sequences())
+
     def num_sequences(self) -> int | None:
         """All samples of all rows, where both are known beforehand."""
         num_rows, sampling = self.source.num_rows(), self.job.sampling
@@ -123,6 +129,7 @@ def prepare(job: Job) -> Prepared:
     schema = completions_schema(source.carried_schema, with_logprobs)
     model = resolve_model(job.model)
     trusted = job.model.trust_remote_code
-    info = describe_model(model.folder, job.model.dtype, device=resolve_device(job.engine), trust_remote_code=trusted)
+    device = resolve_device(job.engine)
+    info = describe_model(model.folder, job.model.dtype, name=model.name, device=device, trust_remote_code=trusted)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
     return Prepared(job, source, schema, model, info, tokenizer, Renderer(job.input, tokenizer))

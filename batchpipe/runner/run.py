@@ -10,14 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchpipe.cost.model import CostModel
+from batchpipe.cost.online import OnlineCost
 from batchpipe.errors import InterruptedRunError, TooManyFailedError
 from batchpipe.job import Job, load_job
-from batchpipe.job.spec import EngineSpec
-from batchpipe.model.describe import ModelInfo
 from batchpipe.pipeline.base import Pipeline
-from batchpipe.placement.machine import choose_kv, run_cost, this_place
-from batchpipe.placement.open import open_pipelines as load_pipelines
+from batchpipe.placement import open as opening
+from batchpipe.placement.placement import Placement
 from batchpipe.read.ahead import Ahead
 from batchpipe.report.metrics import append_metrics, read_metrics
 from batchpipe.report.progress import Progress, Reading
@@ -34,7 +32,7 @@ from batchpipe.write.writer import CompletionWriter
 
 logger = logging.getLogger(__name__)
 
-OpenPipelines = Callable[[EngineSpec, ModelInfo], Sequence[Pipeline]]
+OpenPipelines = Callable[[Placement], Sequence[Pipeline]]
 
 # Rows read and tokenised before the engine asks for them; a few tens of megabytes with long prompts.
 AHEAD_ROWS = 4096
@@ -46,7 +44,7 @@ def run_job(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     fresh: bool = False,
-    open_pipelines: OpenPipelines | None = None,
+    open_pipelines: OpenPipelines = opening.open_pipelines,
 ) -> Result:
     """See `batchpipe.run`; `open_pipelines` is how tests and simulations bring their own engine."""
     account = Account()
@@ -58,11 +56,12 @@ def run_job(
             interrupt = stack.enter_context(Interrupt())
             ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
             predictor = prepared.open_predictor()
-            cost = run_cost(prepared.job.engine, prepared.info, prepared.model.name)
-            if open_pipelines is None:
-                pipelines = _open_here(prepared, cost)
-            else:
-                pipelines = open_pipelines(prepared.job.engine, prepared.info)
+            placement = prepared.place()
+            if placement.engine.kv_host_memory > 0 and placement.offload.mode == "none":
+                reason = placement.offload.reason
+                logger.warning("KV stays on the device, engine.kv_host_memory is not used: %s", reason)
+            pipelines = open_pipelines(placement)
+            cost = None if placement.cost is None else OnlineCost(placement.cost.model)
             for pipeline in pipelines:
                 stack.enter_context(pipeline)
             stack.enter_context(calm_collector())
@@ -92,17 +91,6 @@ def run_job(
     if stop is not None:
         raise TooManyFailedError(stop, result.summary)
     return result
-
-
-def _open_here(prepared: Prepared, cost: CostModel | None) -> Sequence[Pipeline]:
-    """On this machine; whether KV uses host memory is decided before anything is loaded."""
-    engine, info = prepared.job.engine, prepared.info
-    if engine.kv_host_memory == 0:
-        return load_pipelines(engine, info)
-    choice = choose_kv(engine, info, this_place(engine, info), cost, prepared.num_sequences())
-    if choice.mode == "none":
-        logger.warning("KV stays on the device, engine.kv_host_memory is not used: %s", choice.reason)
-    return load_pipelines(engine, info, choice.mode)
 
 
 def _reading(prepared: Prepared, engine: Engine, writer: CompletionWriter) -> Reading:

@@ -22,6 +22,7 @@ from batchpipe.pipeline.multiprocess import MultiprocessPipeline
 from batchpipe.pipeline.worker import Transport
 from batchpipe.pipeline.workers import DEFAULT_LIMITS, Limits
 from batchpipe.placement.open import stage_specs
+from batchpipe.placement.stage_split import StageSplit, stage_layers
 from batchpipe.runner.engine import Engine
 from batchpipe.types import Capacity, Request
 from tests.scheduler.scheduler_cases import request, sampling
@@ -74,7 +75,8 @@ def open_tiny(
             "attention": attention,
         }
     )
-    specs = stage_specs(engine, describe_model(tiny_model(architecture), "float32"), "cpu", num_stages)
+    info = describe_model(tiny_model(architecture), "float32")
+    specs = stage_specs(engine, info, StageSplit("cpu", stage_layers(info, num_stages)), block_tokens)
 
     def offered(stages: Sequence[StageMemory]) -> Capacity:
         return Capacity(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink, Fault
+from batchpipe.placement.offload_mode import OffloadChoice, OffloadMode
 from batchpipe.placement.open import open_pipelines
 from batchpipe.runner.result import Result
 from batchpipe.runner.run import run_job
@@ -38,14 +40,19 @@ def job(folder: Path, **engine: Any) -> dict[str, Any]:
     return job_of(folder, good_rows(NUM_ROWS), sampling=sampling, engine=keys | engine, **sections)
 
 
-def run_with(folder: Path, offload: str, faults: tuple[Fault, ...], num_stages: int = 1, **engine: Any) -> Result:
+def run_with(
+    folder: Path, offload: OffloadMode, faults: tuple[Fault, ...], num_stages: int = 1, **engine: Any
+) -> Result:
     sizes = {
         "kv_device_memory": NUM_DEVICE_BLOCKS * BLOCK_BYTES // num_stages,
         "kv_host_memory": NUM_HOST_BLOCKS * BLOCK_BYTES // num_stages,
     }
+    choice = OffloadChoice(offload, "given")
     return run_job(
         job(folder, **sizes, num_stages=num_stages, **engine),
-        open_pipelines=lambda spec, info: open_pipelines(spec, info, offload, link=EmulatedLink(faults=faults)),
+        open_pipelines=lambda placement: open_pipelines(
+            replace(placement, offload=choice), link=EmulatedLink(faults=faults)
+        ),
     )
 
 
@@ -82,7 +89,12 @@ def warned_rows(caplog: pytest.LogCaptureFixture) -> list[str]:
     ],
 )
 def test_rows_that_met_it_are_named_and_computed_again(
-    tmp_path: Path, expected: list[str], caplog: pytest.LogCaptureFixture, kind: Any, offload: str, num_stages: int
+    tmp_path: Path,
+    expected: list[str],
+    caplog: pytest.LogCaptureFixture,
+    kind: Any,
+    offload: OffloadMode,
+    num_stages: int,
 ) -> None:
     faults = tuple(Fault(kind, step_id) for step_id in FAULTY_STEPS)
     result = run_with(tmp_path, offload, faults, num_stages)

@@ -14,15 +14,18 @@ from batchpipe.errors import MemoryLimitError
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo, describe_model
 from batchpipe.pipeline.channel import Payload, SharedMemoryChannel
-from batchpipe.pipeline.memory import StageMemory, check_host_memory, container_free_bytes
-from batchpipe.placement.capacity import Layout, kv_blocks, offered_capacity
+from batchpipe.pipeline.memory import StageMemory, container_free_bytes
+from batchpipe.placement.capacity import kv_blocks, offered_capacity
+from batchpipe.placement.memory import check_host_memory
+from batchpipe.placement.offload_mode import OffloadMode
+from batchpipe.placement.stage_split import StageSplit
 from tests.tiny_models import tiny_model
 
 MIB, GIB = 1 << 20, 1 << 30
-LAYERS = [range(4), range(4, 7)]
+LAYERS = (range(4), range(4, 7))
 # Two stages of 4 and 3 layers: blocks of 4 and 3 MiB, 10 GiB free for all.
 STAGES = [StageMemory(10 * GIB, 4 * MIB, 16), StageMemory(10 * GIB, 3 * MIB, 16)]
-GPUS, CPU = Layout("cuda", LAYERS, 1), Layout("cpu", LAYERS, 1)
+GPUS, CPU = StageSplit("cuda", LAYERS), StageSplit("cpu", LAYERS)
 
 
 def engine(**keys: Any) -> EngineSpec:
@@ -42,34 +45,19 @@ def test_both_tiers_have_the_same_number_of_blocks_on_every_stage(info: ModelInf
 
 @pytest.mark.parametrize(("offload", "max_batches"), [("none", 2), ("layer", 2), ("batch", 3), ("both", 3)])
 def test_one_more_batch_circulates_where_loads_run_beside_the_batch_before(
-    info: ModelInfo, offload: str, max_batches: int
+    info: ModelInfo, offload: OffloadMode, max_batches: int
 ) -> None:
     assert offered_capacity(engine(), info, GPUS, STAGES, offload).max_batches == max_batches
 
 
 def test_one_tier_has_no_host_blocks(info: ModelInfo) -> None:
-    capacity = offered_capacity(engine(), info, GPUS, STAGES)
+    capacity = offered_capacity(engine(), info, GPUS, STAGES, "none")
     assert (capacity.num_host_blocks, capacity.streams_per_block, capacity.offload) == (0, 0, "none")
 
 
-def test_less_on_the_host_than_on_the_device_is_one_tier_with_a_warning(
-    info: ModelInfo, caplog: pytest.LogCaptureFixture
-) -> None:
-    capacity = offered_capacity(engine(kv_host_memory="400MiB"), info, GPUS, STAGES, "batch")
-    assert (capacity.num_host_blocks, capacity.max_batches, capacity.offload) == (0, 2, "none")
-    assert "engine.kv_host_memory holds 100 blocks, the device 100" in caplog.text
-
-
-@pytest.mark.parametrize("offload", ["batch", "layer"])
-def test_less_on_the_host_than_on_the_device_is_an_error_where_offload_was_asked_for(
-    info: ModelInfo, offload: str
-) -> None:
-    message = (
-        f"engine.offload is {offload}; engine.kv_host_memory holds 99 blocks of KV and the device 100.*"
-        "raise engine.kv_host_memory to more than 0.39 GiB, or lower engine.kv_device_memory below 0.39 GiB"
-    )
-    with pytest.raises(MemoryLimitError, match=message):
-        offered_capacity(engine(kv_host_memory="399MiB", offload=offload), info, GPUS, STAGES, offload)
+def test_the_device_gets_no_more_blocks_than_the_host_which_copies_them_all(info: ModelInfo) -> None:
+    capacity = offered_capacity(engine(kv_host_memory="396MiB"), info, GPUS, STAGES, "batch")
+    assert (capacity.num_blocks, capacity.num_host_blocks, capacity.offload) == (99, 99, "batch")
 
 
 def test_on_the_cpu_both_tiers_come_out_of_one_memory(info: ModelInfo) -> None:

@@ -17,7 +17,8 @@ from batchpipe.pipeline.local import LocalPipeline
 from batchpipe.pipeline.memory import StageMemory
 from batchpipe.pipeline.multiprocess import MultiprocessPipeline
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
-from batchpipe.placement.open import stage_layers, stage_specs
+from batchpipe.placement.open import stage_specs
+from batchpipe.placement.stage_split import StageSplit, stage_layers
 from batchpipe.runner.engine import Engine
 from batchpipe.types import Capacity, FinishedRequest, Request
 from tests.scheduler.scheduler_cases import request, sampling
@@ -73,6 +74,7 @@ def open_deep(
         {"device": "cpu", "block_tokens": BLOCK_TOKENS, "max_step_tokens": STEP_TOKENS, "kv_verify": "all"}
     )
     info = describe_model(deep_model(architecture), "float32")
+    split = StageSplit("cpu", stage_layers(info, num_stages))
 
     def offered(stages: Sequence[StageMemory]) -> Capacity:
         return Capacity(
@@ -83,11 +85,11 @@ def open_deep(
             max_step_tokens=STEP_TOKENS,
             max_batch_sequences=BATCH_SEQUENCES,
             num_host_blocks=num_host_blocks,
-            streams_per_block=min(map(len, stage_layers(info, num_stages))) // 2,
+            streams_per_block=split.streams_per_block,
             offload=offload,
         )
 
-    specs = stage_specs(engine, info, "cpu", num_stages, link=link)
+    specs = stage_specs(engine, info, split, BLOCK_TOKENS, link=link)
     if not workers:
         return LocalPipeline(specs, offered)
     return MultiprocessPipeline.open([specs], offered)[0]

@@ -17,10 +17,9 @@ import pytest
 import batchpipe
 from batchpipe.commands.validate import validate_job
 from batchpipe.errors import InterruptedRunError, ModelError, OutputError, TooManyFailedError
-from batchpipe.job.spec import EngineSpec
-from batchpipe.model.describe import ModelInfo
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.fake import FakePipeline
+from batchpipe.placement.placement import Placement
 from batchpipe.runner.run import run_job
 from batchpipe.types import Capacity, StepResult
 from tests.tiny_models import tiny_model
@@ -30,8 +29,8 @@ CAPACITY = Capacity(
 )
 
 
-def open_fake(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
-    return [FakePipeline(CAPACITY, info.vocabulary_size, info.eos_token_ids[0])]
+def open_fake(placement: Placement) -> list[Pipeline]:
+    return [FakePipeline(CAPACITY, placement.info.vocabulary_size, placement.info.eos_token_ids[0])]
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
@@ -124,7 +123,7 @@ def test_a_finished_job_gives_its_result_again(tmp_path: Path) -> None:
     job = job_of(tmp_path, good_rows(4))
     first = run_job(job, open_pipelines=open_fake)
 
-    def never(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
+    def never(placement: Placement) -> list[Pipeline]:
         raise AssertionError("a finished job loads nothing")
 
     again = run_job(job, open_pipelines=never)
@@ -159,8 +158,8 @@ def test_a_signal_commits_and_the_next_run_continues_with_the_same_texts(tmp_pat
     job = job_of(tmp_path, good_rows(60))
     whole = run_job(job, {"output.path": str(tmp_path / "whole")}, open_pipelines=open_fake).table()
 
-    def interrupting(engine: EngineSpec, info: ModelInfo) -> list[Pipeline]:
-        return [Interrupting(CAPACITY, info.vocabulary_size, info.eos_token_ids[0])]
+    def interrupting(placement: Placement) -> list[Pipeline]:
+        return [Interrupting(CAPACITY, placement.info.vocabulary_size, placement.info.eos_token_ids[0])]
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:

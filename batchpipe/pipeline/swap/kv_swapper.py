@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend
+from batchpipe.kv.layout import STAGED_LAYERS
 from batchpipe.kv.pool import KEY, VALUE, KvPool
 from batchpipe.pipeline.memory import NUM_STAGING_BUFFERS
 from batchpipe.pipeline.swap.block_copies import BlockCopies
@@ -56,7 +57,7 @@ class KvSwapper:
         kv_verify: str,
         emulated: EmulatedLink | None,
     ) -> None:
-        assert 2 * streams_per_block <= pool.num_layers, "two layers of each streamed block in a block"
+        assert STAGED_LAYERS * streams_per_block <= pool.num_layers, "more streams than a block has room for"
         self.backend = KvCapture(backend, self._before_layer, self._after_layer)
         self._pool = pool
         self._host_pool = host_pool

@@ -14,6 +14,7 @@ from math import ceil
 
 import numpy as np
 
+from batchpipe.kv.layout import STAGED_LAYERS, saves_room
 from batchpipe.scheduler.offload.eviction import EvictionPolicy
 from batchpipe.scheduler.offload.prefetch_budget import PrefetchBudget
 from batchpipe.scheduler.offload.selection import BATCH_BUFFERS
@@ -40,11 +41,10 @@ class SwapScheduler:
         self._state = state
         self._room = EvictionPolicy(state)
         self.residency = self._room.residency
-        # Two layers of a block pass at a time: with fewer than four, streaming saves no room.
-        self._streams_layers = capacity.offload in ("layer", "both") and capacity.streams_per_block > 1
+        self._streams_layers = capacity.offload in ("layer", "both") and saves_room(capacity.streams_per_block)
         # With one batch nothing runs beside the first layer's streams of its step.
         is_exposed = self._streams_layers and capacity.max_batches == 1
-        exposed_share = 1 / (2 * capacity.streams_per_block) if is_exposed else 0.0
+        exposed_share = 1 / (STAGED_LAYERS * capacity.streams_per_block) if is_exposed else 0.0
         self._budget = PrefetchBudget(state.cost, capacity.block_tokens, exposed_share)
         self._forecast = StepTime(state)
         num_buffers = 1 / capacity.streams_per_block if self._streams_layers else BATCH_BUFFERS

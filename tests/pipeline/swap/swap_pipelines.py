@@ -15,6 +15,7 @@ from batchpipe.pipeline.memory import StageMemory
 from batchpipe.pipeline.multiprocess import MultiprocessPipeline
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
 from batchpipe.placement.open import stage_specs
+from batchpipe.placement.stage_split import StageSplit, stage_layers
 from batchpipe.types import Capacity, Step, StepResult
 from tests.pipeline.swap.swap_programs import (
     BLOCK_TOKENS,
@@ -51,7 +52,8 @@ def open_pipeline(
             "attention": attention,
         }
     )
-    specs = stage_specs(engine, describe_model(tiny_model("qwen3"), "float32"), "cpu", num_stages)
+    info = describe_model(tiny_model("qwen3"), "float32")
+    specs = stage_specs(engine, info, StageSplit("cpu", stage_layers(info, num_stages)), BLOCK_TOKENS)
     specs = [replace(spec, kv_verify=kv_verify, link=link) for spec in specs]
 
     def offered(stages: Sequence[StageMemory]) -> Capacity:
