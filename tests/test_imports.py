@@ -35,18 +35,8 @@ RUNGS = {name: rung for rung, names in enumerate(LADDER) for name in names}
 APART = {"pipeline": {"scheduler", "read", "write", "report"}}
 HEAVY = {"torch", "transformers"}
 TORCH_FREE = (
-    *(
-        "types",
-        "errors",
-        "job",
-        "kv.block_manager",
-        "kv.prefix_cache",
-        "kv.device_cache",
-        "kv.layout",
-        "sample.stop",
-        "sample.rng",
-    ),
-    *("read", "predict", "cost", "scheduler", "write", "report"),
+    *("types", "errors", "job", "kv.block_manager", "kv.prefix_cache", "kv.device_cache", "kv.layout"),
+    *("sample.stop", "sample.rng", "read", "predict", "cost", "scheduler", "write", "report"),
 )
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import describe_model
+from batchpipe.placement.machine import this_machine
 from batchpipe.placement.open import stage_specs
+from batchpipe.placement.stage_split import split_stages
 from batchpipe.profiling.stage_time import TimedStage, row_seconds
 from batchpipe.profiling.steps import Shape
 from benchmarks.gpu.case import Case
@@ -24,7 +26,10 @@ def steps(case: Case) -> None:
 
 def _steps(case: Case, folder: Path) -> dict[str, Any]:
     info = describe_model(folder, "bfloat16", device=case.device)
-    [spec] = stage_specs(EngineSpec.model_validate({"device": case.device}), info, case.device, 1)
+    engine = EngineSpec.model_validate({"device": case.device, "num_stages": 1})
+    machine = this_machine(engine)
+    split = split_stages(machine, engine, info)
+    [spec] = stage_specs(engine, info, split, machine.block_tokens(engine, info))
     limits = ceilings(case)
     num_sequences, num_tokens = (4, 40) if case.tiny else (128, 1024)
     shapes = {
