@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe import __version__
+from batchpipe.job.cache_folder import cache_folder
 from batchpipe.pipeline.memory import container_free_bytes
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic", "gguf", "datasets")
@@ -134,8 +135,7 @@ def _compiler() -> Finding:
 
 
 def _cache_folder() -> Finding:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("BATCHPIPE_CACHE") or Path(base) / "batchpipe")
+    folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):

@@ -33,6 +33,10 @@ class Link(v.Section):
     device_to_device_bytes_per_second: Annotated[v.Positive, Field(description="To the next stage's device.")]
     latency_seconds: Annotated[v.PositiveOrZero, Field(description="Of a hand-off, however small.")]
 
+    def handoff_seconds(self, num_bytes: float) -> float:
+        """From the end of one stage to the start of the next, for hidden states of this size."""
+        return self.latency_seconds + num_bytes / self.device_to_device_bytes_per_second
+
     def kv_links(
         self, kv_bytes_per_token_layer: int, layers: Sequence[range], num_shards: int = 1
     ) -> tuple[KvLink, ...]:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from batchpipe.model.describe import ModelInfo
+from batchpipe.kv.layout import ITEM_BYTES, KvLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """One decoder. Floating point operations are for one token, without attention over its context."""
 
-    name: str
+    name: str  # as the job calls it
+    dtype: str  # of weights, activations, keys and values: bfloat16 | float16 | float32
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     hidden_size: int
     vocabulary_size: int
-    item_bytes: int  # of a weight, an activation, a key or a value
     layer_flops: tuple[float, ...]
     layer_weight_bytes: tuple[int, ...]
 
     @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
     def kv_bytes_per_token_layer(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * self.item_bytes
+        return KvLayout.of(self).bytes_per_token_layer
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -43,22 +45,6 @@ class ModelShape:
     @property
     def head_flops(self) -> float:
         return 2.0 * self.hidden_size * self.vocabulary_size
-
-    @classmethod
-    def of(cls, info: ModelInfo) -> ModelShape:
-        """The geometry of a described model."""
-        return cls(
-            name=info.name,
-            num_layers=info.num_layers,
-            num_heads=info.num_heads,
-            num_kv_heads=info.num_kv_heads,
-            head_dim=info.head_dim,
-            hidden_size=info.hidden_size,
-            vocabulary_size=info.vocabulary_size,
-            item_bytes=info.kv_bytes_per_token_layer // (2 * info.num_kv_heads * info.head_dim),
-            layer_flops=info.layer_costs,
-            layer_weight_bytes=info.layer_weight_bytes,
-        )
 
     @classmethod
     def transformer(
@@ -86,7 +72,7 @@ class ModelShape:
             head_dim=head_dim,
             hidden_size=hidden_size,
             vocabulary_size=vocabulary_size,
-            item_bytes=2,
+            dtype="bfloat16",
             layer_flops=(2.0 * (attention + num_experts_per_token * expert),) * num_layers,
             layer_weight_bytes=(2 * (attention + num_experts * expert),) * num_layers,
         )

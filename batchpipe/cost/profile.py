@@ -19,6 +19,7 @@ from batchpipe.cost.model_shape import ModelShape
 from batchpipe.cost.profile_file import load_section
 from batchpipe.errors import JobError
 from batchpipe.job import values as v
+from batchpipe.job.cache_folder import cache_folder
 
 
 def _increasing(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
@@ -94,21 +95,23 @@ class Profile(v.Section):
     decode_fit: ProfiledFit
     held_out: ProfiledError
 
-    def check_fits(self, origin: str, geometry: ModelShape, device: str, dtype: str) -> None:
-        """Raises JobError, naming what differs, where this profile is not of that model, dtype and device.
+    def check_fits(self, origin: str, model: ModelShape, device: str) -> None:
+        """Raises JobError, naming what differs, where this profile is not of that model, its dtype and this device.
 
         A model's name may differ: its numbers are what times depend on.
         """
         if self.device != device:
             raise JobError(f"{origin}: device: was measured on {self.device!r} and this is {device!r}; {_REMEDY}")
-        if self.model.dtype != dtype:
-            raise JobError(f"{origin}: model.dtype: was measured in {self.model.dtype} and runs in {dtype}; {_REMEDY}")
+        if self.model.dtype != model.dtype:
+            raise JobError(
+                f"{origin}: model.dtype: was measured in {self.model.dtype} and runs in {model.dtype}; {_REMEDY}"
+            )
         for key in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocabulary_size"):
-            measured, wanted = getattr(self.model, key), getattr(geometry, key)
+            measured, wanted = getattr(self.model, key), getattr(model, key)
             if measured != wanted:
                 raise JobError(
                     f"{origin}: model.{key}: was measured with {self.model.name}, which has {measured}, "
-                    f"and {geometry.name} has {wanted}; {_REMEDY}"
+                    f"and {model.name} has {wanted}; {_REMEDY}"
                 )
 
 
@@ -134,9 +137,8 @@ def save_profile(profile: Profile, path: Path) -> None:
 
 def profile_path(model_name: str, device: str, dtype: str) -> Path:
     """Where a profile of this machine's user is kept."""
-    cache = Path(os.environ.get("BATCHPIPE_CACHE") or Path("~/.cache/batchpipe").expanduser())
     name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part).strip("_") for part in (model_name, device, dtype))
-    return cache / "profiles" / f"{name}.yaml"
+    return cache_folder() / "profiles" / f"{name}.yaml"
 
 
 def find_profile(model_name: str, device: str, dtype: str) -> Profile | None:

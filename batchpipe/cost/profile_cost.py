@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from batchpipe.cost.curve import Curve, Surface
 from batchpipe.cost.model import StepWork
 from batchpipe.cost.profile import Profile, StepTimes
+from batchpipe.kv.layout import KvLayout
 
 
 class TimedSteps:
@@ -47,10 +48,9 @@ class ProfileCost:
         self.control_seconds = profile.control_seconds
         self._steps = TimedSteps(profile.times, random_share)
         self._num_layers = [len(one) for one in layers]
-        item_bytes = 4 if profile.model.dtype == "float32" else 2
-        model = profile.model
-        self._hidden_bytes_per_token = model.hidden_size * item_bytes
-        self.kv_links = profile.link.kv_links(2 * model.num_kv_heads * model.head_dim * item_bytes, layers)
+        kv = KvLayout.of(profile.model)
+        self._hidden_bytes_per_token = profile.model.hidden_size * kv.item_bytes
+        self.kv_links = profile.link.kv_links(kv.bytes_per_token_layer, layers)
 
     @property
     def num_stages(self) -> int:
@@ -60,5 +60,4 @@ class ProfileCost:
         return self._steps.seconds(work, self._num_layers[stage], is_last=stage == self.num_stages - 1)
 
     def handoff_seconds(self, num_tokens: int) -> float:
-        num_bytes = num_tokens * self._hidden_bytes_per_token
-        return self.link.latency_seconds + num_bytes / self.link.device_to_device_bytes_per_second
+        return self.link.handoff_seconds(num_tokens * self._hidden_bytes_per_token)

@@ -11,7 +11,6 @@ data [num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim]
 
 from __future__ import annotations
 
-import math
 import mmap
 import resource
 from contextlib import suppress
@@ -19,6 +18,7 @@ from contextlib import suppress
 import torch
 
 from batchpipe.errors import MemoryLimitError
+from batchpipe.kv.layout import KvLayout
 from batchpipe.types import Int32Array
 
 KEY, VALUE = 0, 1
@@ -50,7 +50,8 @@ class KvPool:
         pinned: bool = False,
         asked_by: str = "engine.kv_device_memory",
     ) -> None:
-        shape = (num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim)
+        layout = KvLayout(num_kv_heads, head_dim, dtype.itemsize, block_tokens)
+        shape = layout.pool_shape(num_blocks, num_layers)
         assert all(size > 0 for size in shape), f"a KV pool needs at least one of everything, not {shape}"
         self.num_blocks = num_blocks
         self.num_layers = num_layers
@@ -58,18 +59,15 @@ class KvPool:
         self.block_tokens = block_tokens
         self.head_dim = head_dim
         self.dtype = dtype
+        self.bytes_per_block = layout.block_bytes(num_layers)
         self.device = torch.device(device)
         if self.device.type == "cpu":
-            pages = _zero_pages(math.prod(shape) * dtype.itemsize, asked_by)
+            pages = _zero_pages(self.nbytes, asked_by)
             if pinned:
                 _pin(pages, asked_by)
             self.data = pages.view(dtype).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=self.device)
-
-    @property
-    def bytes_per_block(self) -> int:
-        return self.data.stride(0) * self.dtype.itemsize
 
     def copy_blocks(self, sources: Int32Array, targets: Int32Array) -> None:
         """All layers of block sources[i] to block targets[i]; no block is both."""

@@ -7,45 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchpipe.cost.model_shape import ModelShape
 from batchpipe.errors import ModelError
+from batchpipe.kv.layout import ITEM_BYTES
 from batchpipe.model.architectures import check_supported
 from batchpipe.model.checkpoint import StoredTensor, read_json, read_tensors
 
-_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
+class ModelInfo(ModelShape):
     """One model, as it will be run. Bytes are those of `dtype`, not of the files."""
 
-    name: str  # as the job calls it
     folder: Path
     trust_remote_code: bool
     architecture: str
-    dtype: str  # bfloat16 | float16 | float32
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    vocabulary_size: int
     max_context_tokens: int  # prompt and completion together
     eos_token_ids: tuple[int, ...]
-    layer_costs: tuple[float, ...]  # floating point operations per token, without attention over its context
-    head_cost: float
-    layer_weight_bytes: tuple[int, ...]
     other_weight_bytes: int  # embedding, last norm, and the head where it is not the embedding again
 
     @property
     def weight_bytes(self) -> int:
         return sum(self.layer_weight_bytes) + self.other_weight_bytes
-
-    @property
-    def kv_bytes_per_token_layer(self) -> int:
-        """Of one token in one layer, keys and values together."""
-        return 2 * self.num_kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
 
 
 def describe_model(
@@ -68,7 +53,7 @@ def describe_model(
     _check_vocabulary(folder, config.vocab_size)
     dtype = _resolve_dtype(dtype, config, device)
     layer_elements, layer_active_elements, other_elements = _count_elements(tensors, config)
-    item_bytes = _ITEM_BYTES[dtype]
+    item_bytes = ITEM_BYTES[dtype]
     return ModelInfo(
         name=name or folder.name,
         folder=folder,
@@ -83,8 +68,7 @@ def describe_model(
         vocabulary_size=config.vocab_size,
         max_context_tokens=_max_context_tokens(config),
         eos_token_ids=_eos_token_ids(folder, config),
-        layer_costs=tuple(2.0 * elements for elements in layer_active_elements),
-        head_cost=2.0 * config.hidden_size * config.vocab_size,
+        layer_flops=tuple(2.0 * elements for elements in layer_active_elements),
         layer_weight_bytes=tuple(elements * item_bytes for elements in layer_elements),
         other_weight_bytes=other_elements * item_bytes,
     )
@@ -104,7 +88,7 @@ def _resolve_dtype(dtype: str, config: Any, device: str) -> str:
         return dtype
     stored = str(config.dtype or "float32").removeprefix("torch.")
     # Processors have fast products in bfloat16, and none in float16.
-    if stored not in _ITEM_BYTES or (stored == "float16" and device == "cpu"):
+    if stored not in ITEM_BYTES or (stored == "float16" and device == "cpu"):
         return "bfloat16"
     return stored
 

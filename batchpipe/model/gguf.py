@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
 
 from batchpipe.errors import ModelError
+from batchpipe.job.cache_folder import cache_folders
 from batchpipe.model.checkpoint import fingerprint
 from batchpipe.model.quiet import quiet_transformers
 
@@ -66,7 +66,7 @@ def _slug(name: str) -> str:
 
 def _models_folder() -> Path:
     """The first cache folder that can be written; the last is for machines whose home cannot be."""
-    for cache in _cache_folders():
+    for cache in cache_folders():
         folder = cache / "models"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +75,3 @@ def _models_folder() -> Path:
         if os.access(folder, os.W_OK):
             return folder
     raise ModelError("no folder to keep the converted model in; set BATCHPIPE_CACHE to one that can be written")
-
-
-def _cache_folders() -> Iterator[Path]:
-    if configured := os.environ.get("BATCHPIPE_CACHE"):
-        yield Path(configured)
-    else:
-        yield Path("~/.cache/batchpipe").expanduser()
-    yield Path(tempfile.gettempdir()) / f"batchpipe-{os.getuid()}"

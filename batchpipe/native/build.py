@@ -16,10 +16,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from batchpipe.job.cache_folder import cache_folders
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def _build() -> Path:
     openmp = _openmp_library()
     key = _key(compiler, openmp)
     refusals: list[OSError] = []
-    for folder in _cache_folders():
+    for folder in cache_folders():
         try:
             return _library_in(folder / "native", f"kernels-{key}.so", compiler, openmp)
         except OSError as error:
@@ -99,12 +100,3 @@ def _processor_flags() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _cache_folders() -> Iterator[Path]:
-    """Where to keep the library, best first; the last is for machines whose home cannot be written."""
-    if configured := os.environ.get("BATCHPIPE_CACHE"):
-        yield Path(configured)
-    else:
-        yield Path("~/.cache/batchpipe").expanduser()
-    yield Path(tempfile.gettempdir()) / f"batchpipe-{os.getuid()}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from batchpipe.attention.base import AttentionBackend
 from batchpipe.attention.choose import choose_backend
 from batchpipe.attention.step_inputs import StepInputs
+from batchpipe.kv.layout import KvLayout
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.fuse import fuse
 from batchpipe.model.load import load_stage
@@ -35,11 +36,9 @@ class StageSpec:
     dtype: str
     device: str
     attention: str
-    block_tokens: int | None  # None: what the attention backend likes best
     num_threads: int
     cpus: tuple[int, ...]  # processors to stay on; empty: any
-    num_kv_heads: int
-    head_dim: int
+    kv: KvLayout
     hidden_size: int
     vocabulary_size: int
     eos_token_ids: tuple[int, ...]
@@ -90,7 +89,7 @@ class Stage:
         self.spec = spec
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         torch.set_num_threads(spec.num_threads)
-        self._backend = choose_backend(spec.attention, torch.device(spec.device), self.dtype, spec.head_dim)
+        self._backend = choose_backend(spec.attention, torch.device(spec.device), self.dtype, spec.kv.head_dim)
         self._model = load_stage(
             Path(spec.model_folder),
             range(spec.first_layer, spec.end_layer),
@@ -108,12 +107,11 @@ class Stage:
 
     @property
     def block_tokens(self) -> int:
-        return self.spec.block_tokens or self._backend.default_block_tokens
+        return self.spec.kv.block_tokens
 
     @property
     def bytes_per_block(self) -> int:
-        num_layers = self.spec.end_layer - self.spec.first_layer
-        return num_layers * 2 * self.spec.num_kv_heads * self.block_tokens * self.spec.head_dim * self.dtype.itemsize
+        return self.spec.kv.block_bytes(self.spec.end_layer - self.spec.first_layer)
 
     @property
     def device_name(self) -> str:
@@ -126,7 +124,8 @@ class Stage:
     def allocate(self, num_blocks: int, num_host_blocks: int = 0, streams_per_block: int = 0) -> None:
         """As `Capacity` says. Raises MemoryLimitError."""
         num_layers = self.spec.end_layer - self.spec.first_layer
-        geometry = (num_layers, self.spec.num_kv_heads, self.block_tokens, self.spec.head_dim, self.dtype)
+        kv = self.spec.kv
+        geometry = (num_layers, kv.num_kv_heads, kv.block_tokens, kv.head_dim, self.dtype)
         self._pool = KvPool(num_blocks, *geometry, self.spec.device)
         self._inputs = StepInputs(
             self._pool, first_layer=self.spec.first_layer, max_step_tokens=self.spec.max_step_tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchpipe.errors import MemoryLimitError
+from batchpipe.kv.layout import KvLayout
 from batchpipe.model.describe import ModelInfo
 from batchpipe.pipeline.memory import StageMemory
 from batchpipe.placement.machine import Machine
@@ -36,8 +37,9 @@ def memory_beside_weights(
             f"engine.num_stages: {split.num_stages} stages of {machine.name} hold up to {gib(max(weight_bytes))} "
             f"of weights each and {gib(machine.free_bytes)} are free; ask for more stages"
         )
+    kv = KvLayout.of(info, block_tokens)
     return tuple(
-        StageMemory(free_bytes, len(own) * info.kv_bytes_per_token_layer * block_tokens, block_tokens)
+        StageMemory(free_bytes, kv.block_bytes(len(own)), block_tokens)
         for free_bytes, own in zip(free, split.layers, strict=True)
     )
 

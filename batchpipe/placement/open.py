@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from batchpipe.job.spec import EngineSpec
+from batchpipe.kv.layout import KvLayout
 from batchpipe.model.describe import ModelInfo
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.local import LocalPipeline
@@ -61,11 +62,9 @@ def stage_specs(
                 dtype=info.dtype,
                 device="cpu" if on_cpu else f"cuda:{replica * num_stages + index}",
                 attention=engine.attention,
-                block_tokens=block_tokens,
                 num_threads=max(1, min(len(own_cpus), num_threads(len(all_cpus)))),
                 cpus=tuple(own_cpus) if split.num_pools > 1 and on_cpu else (),
-                num_kv_heads=info.num_kv_heads,
-                head_dim=info.head_dim,
+                kv=KvLayout.of(info, block_tokens),
                 hidden_size=info.hidden_size,
                 vocabulary_size=info.vocabulary_size,
                 eos_token_ids=info.eos_token_ids,

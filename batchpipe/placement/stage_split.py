@@ -74,8 +74,8 @@ def fewest_stages(weight_bytes: int, free_device_bytes: int, num_gpus: int) -> i
 
 def stage_layers(info: ModelInfo, num_stages: int) -> tuple[range, ...]:
     """The layers of each stage, cut so that the slowest stage is as fast as possible."""
-    layer_costs = [cost * LAYER_OVERHEAD for cost in info.layer_costs]
-    return tuple(split_layers(layer_costs, info.head_cost * HEAD_SHARE, 0.0, num_stages))
+    layer_costs = [cost * LAYER_OVERHEAD for cost in info.layer_flops]
+    return tuple(split_layers(layer_costs, info.head_flops * HEAD_SHARE, 0.0, num_stages))
 
 
 def stage_weight_bytes(info: ModelInfo, layers: tuple[range, ...]) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ import torch
 
 from batchpipe.cost.hardware import Device, Hardware, known_hardware, load_hardware
 from batchpipe.cost.model import CostModel
-from batchpipe.cost.model_shape import ModelShape
 from batchpipe.cost.profile import find_profile
 from batchpipe.cost.profile_cost import ProfileCost
 from batchpipe.cost.roofline import RooflineCost
@@ -38,17 +37,16 @@ def known_cost(machine: Machine, split: StageSplit, info: ModelInfo) -> StepCost
 
     Raises JobError where the kept profile is damaged or belongs to another model.
     """
-    shape = ModelShape.of(info)
     if machine.hardware is not None:
-        model = RooflineCost(machine.hardware, shape, split.layers)
+        model = RooflineCost(machine.hardware, info, split.layers)
         return StepCost(model, f"roofline of {machine.hardware.origin}")
     device_name = machine.stage_device_name(split.num_pools)
     profile = find_profile(info.name, device_name, info.dtype)
     if profile is not None:
-        profile.check_fits("the kept profile", shape, device_name, info.dtype)
+        profile.check_fits("the kept profile", info, device_name)
         return StepCost(ProfileCost(profile, split.layers), f"profile of {profile.measured_on}")
     device = _known_device(device_name) if split.device == "cuda" else None
-    return None if device is None else _estimate(device, device_name, split, shape)
+    return None if device is None else _estimate(device, device_name, split, info)
 
 
 def estimated_cost(machine: Machine, split: StageSplit, info: ModelInfo) -> StepCost:
@@ -59,11 +57,11 @@ def estimated_cost(machine: Machine, split: StageSplit, info: ModelInfo) -> Step
     name = machine.stage_device_name(split.num_pools)
     if split.device == "cuda":
         raise JobError(f"no hardware file describes {name}; `batchpipe profile` measures it, or give --hardware FILE")
-    return _estimate(_looked_at(info.dtype), name, split, ModelShape.of(info))
+    return _estimate(_looked_at(info.dtype), name, split, info)
 
 
-def _estimate(device: Device, name: str, split: StageSplit, shape: ModelShape) -> StepCost:
-    return StepCost(RooflineCost(Hardware(device, split.num_stages, name), shape, split.layers), _ESTIMATE)
+def _estimate(device: Device, name: str, split: StageSplit, info: ModelInfo) -> StepCost:
+    return StepCost(RooflineCost(Hardware(device, split.num_stages, name), info, split.layers), _ESTIMATE)
 
 
 def _known_device(name: str) -> Device | None:

@@ -24,7 +24,7 @@ from batchpipe.cost.profile import (
 from batchpipe.cost.profile_cost import ProfileCost
 from batchpipe.errors import JobError
 
-GEOMETRY = ModelShape(
+MODEL = ModelShape(
     name="tiny",
     num_layers=6,
     num_heads=4,
@@ -32,7 +32,7 @@ GEOMETRY = ModelShape(
     head_dim=16,
     hidden_size=64,
     vocabulary_size=500,
-    item_bytes=2,
+    dtype="bfloat16",
     layer_flops=(1.0,) * 6,
     layer_weight_bytes=(1,) * 6,
 )
@@ -116,26 +116,29 @@ def test_rows_that_are_not_greedy_cost_more() -> None:
 
 
 def test_a_profile_that_fits_is_taken_whatever_the_model_is_called() -> None:
-    PROFILE.check_fits("p.yaml", replace(GEOMETRY, name="/models/tiny"), PROFILE.device, "bfloat16")
+    PROFILE.check_fits("p.yaml", replace(MODEL, name="/models/tiny"), PROFILE.device)
 
 
 @pytest.mark.parametrize(
-    ("geometry", "device", "dtype", "expected"),
+    ("model", "device", "expected"),
     [
-        (GEOMETRY, "another CPU", "bfloat16", "p.yaml: device: was measured on 'a CPU, 2 threads' and this is"),
-        (GEOMETRY, PROFILE.device, "float32", "p.yaml: model.dtype: was measured in bfloat16 and runs in float32"),
+        (MODEL, "another CPU", "p.yaml: device: was measured on 'a CPU, 2 threads' and this is"),
         (
-            replace(GEOMETRY, name="big", num_layers=7),
+            replace(MODEL, dtype="float32"),
             PROFILE.device,
-            "bfloat16",
+            "p.yaml: model.dtype: was measured in bfloat16 and runs in float32",
+        ),
+        (
+            replace(MODEL, name="big", num_layers=7),
+            PROFILE.device,
             "p.yaml: model.num_layers: was measured with org/tiny, which has 6, and big has 7",
         ),
-        (replace(GEOMETRY, num_kv_heads=4), PROFILE.device, "bfloat16", "model.num_kv_heads"),
+        (replace(MODEL, num_kv_heads=4), PROFILE.device, "model.num_kv_heads"),
     ],
 )
-def test_a_profile_of_something_else_is_refused(geometry: ModelShape, device: str, dtype: str, expected: str) -> None:
+def test_a_profile_of_something_else_is_refused(model: ModelShape, device: str, expected: str) -> None:
     with pytest.raises(JobError) as refusal:
-        PROFILE.check_fits("p.yaml", geometry, device, dtype)
+        PROFILE.check_fits("p.yaml", model, device)
     assert expected in str(refusal.value)
     assert "batchpipe profile" in str(refusal.value)
 

@@ -49,8 +49,8 @@ def test_geometry() -> None:
 def test_costs_count_the_experts_that_a_token_visits() -> None:
     info = describe_model(tiny_model("mixtral"))
     attention, expert, router_and_norms = 48 * 12 * (4 + 4 + 2 + 2), 3 * 48 * 64, 48 * 4 + 2 * 48
-    assert info.layer_costs == (2.0 * (attention + 2 * expert + router_and_norms),) * 4
-    assert info.head_cost == 2.0 * 48 * 336
+    assert info.layer_flops == (2.0 * (attention + 2 * expert + router_and_norms),) * 4
+    assert info.head_flops == 2.0 * 48 * 336
 
 
 @pytest.mark.parametrize(

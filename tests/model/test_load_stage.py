@@ -29,7 +29,7 @@ def load_stages(folder: Path, num_stages: int, dtype: torch.dtype = torch.float3
     info = describe_model(folder)
     return [
         (load_stage(folder, layers, is_first=i == 0, is_last=i == num_stages - 1, dtype=dtype), layers)
-        for i, layers in enumerate(split_layers(info.layer_costs, info.head_cost, 0.0, num_stages))
+        for i, layers in enumerate(split_layers(info.layer_flops, info.head_flops, 0.0, num_stages))
     ]
 
 

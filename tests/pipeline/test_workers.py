@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from batchpipe.errors import BatchpipeError, ModelError, WorkerError
+from batchpipe.kv.layout import KvLayout
 from batchpipe.pipeline import workers
 from batchpipe.pipeline.memory import StageMemory
 from batchpipe.pipeline.multiprocess import MultiprocessPipeline
@@ -57,8 +58,8 @@ def specs(folder: Path, behaviour: str, num_stages: int = 2) -> list[StageSpec]:
         weights.truncate(4 << 30)  # sparse: it makes the limit of loading long
     one = StageSpec(
         index=0, num_stages=num_stages, first_layer=0, end_layer=1, model_folder=str(folder), trust_remote_code=False,
-        dtype="float32", device="cpu", attention="reference", block_tokens=16, num_threads=1, cpus=(), num_kv_heads=1,
-        head_dim=16, hidden_size=16, vocabulary_size=8, eos_token_ids=(), max_step_tokens=8,
+        dtype="float32", device="cpu", attention="reference", num_threads=1, cpus=(), kv=KvLayout(1, 16, 4, 16),
+        hidden_size=16, vocabulary_size=8, eos_token_ids=(), max_step_tokens=8,
     )  # fmt: skip
     return [replace(one, index=index) for index in range(num_stages)]
 

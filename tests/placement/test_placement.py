@@ -29,8 +29,8 @@ CPU = Machine("CPU", num_gpus=None, free_bytes=2 * GIB, host_free_bytes=2 * GIB)
 def info() -> ModelInfo:
     """A tiny model with eight layers, four on each of two stages."""
     found = describe_model(tiny_model("llama"), "float32")
-    twice = {name: getattr(found, name) * 2 for name in ("layer_weight_bytes", "layer_costs")}
-    return replace(found, num_layers=8, head_cost=0.0, **twice)
+    twice = {name: getattr(found, name) * 2 for name in ("layer_weight_bytes", "layer_flops")}
+    return replace(found, num_layers=8, **twice)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import pytest
 
 from batchpipe.commands.profile import profile_command
 from batchpipe.cost.model import StepWork
-from batchpipe.cost.model_shape import ModelShape
 from batchpipe.cost.profile import find_profile, load_profile
 from batchpipe.cost.profile_cost import ProfileCost
 from batchpipe.errors import JobError, ModelError
@@ -22,7 +21,7 @@ def test_a_tiny_model_is_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     printed = profile_command(str(folder), None, 1.0)
     profile = load_profile(Path(printed["file"]))
     assert find_profile(str(folder), printed["device"], "float32") == profile
-    profile.check_fits("profile", ModelShape.of(describe_model(folder)), printed["device"], "float32")
+    profile.check_fits("profile", describe_model(folder), printed["device"])
     assert set(printed["decode_fit"]) == {"alpha", "beta", "delta", "median_error", "worst_error"}
     assert profile.held_out.num_steps > 1
     assert profile.link.latency_seconds > 0
