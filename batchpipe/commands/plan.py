@@ -46,11 +46,11 @@ class Outlook:
 
 
 def plan_job(job: Job, hardware: str | None = None) -> dict[str, Any]:
-    """The plan, for this machine or for the one that `hardware` names. No weights are loaded.
+    """The plan, for this machine or for the one that `hardware` names. No weights are loaded, and none need be here.
 
     Raises what a run would raise before it loads the model, and JobError where the machine does not fit the job.
     """
-    prepared = prepare(job)
+    prepared = prepare(job, device="cuda" if hardware else None, needs_weights=False)
     requests, num_failed = _first_rows(prepared)
     info = prepared.info
     if not requests:

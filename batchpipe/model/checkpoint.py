@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,6 @@ _SETTINGS = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a checkpoint as its file's header describes it."""
-
-    dtype: str  # safetensors' name for it: BF16, F32, ...
-    shape: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        return prod(self.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,14 +60,19 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"model.name: {folder} has no model.safetensors and no {_INDEX}")
 
 
-def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint by name. Raises ModelError on a file that is missing, cut short or damaged."""
-    tensors: dict[str, StoredTensor] = {}
+def has_weights(folder: Path) -> bool:
+    """Whether there is any weight file, of whatever format; what is wrong with them `weight_files` says."""
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pth"))
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape, by name. Raises ModelError on a file that is missing, cut short or damaged."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
         for name, entry in _read_header(path).items():
             if name != "__metadata__":
-                tensors[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]))
-    return tensors
+                shapes[name] = tuple(entry["shape"])
+    return shapes
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -105,10 +96,13 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def fingerprint_folder(folder: Path) -> str:
-    """Names a local model by its settings and weights, wherever the folder is; see `fingerprint`."""
+def fingerprint_folder(folder: Path, *, needs_weights: bool = True) -> str:
+    """Names a local model by its settings and weights, wherever the folder is; see `fingerprint`.
+
+    Raises ModelError where it needs weights and they are not all there.
+    """
     settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
-    return fingerprint([*settings, *weight_files(folder)])
+    return fingerprint([*settings, *(weight_files(folder) if needs_weights or has_weights(folder) else ())])
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from batchpipe.cost.model_shape import ModelShape
 from batchpipe.errors import ModelError
 from batchpipe.kv.layout import ITEM_BYTES
 from batchpipe.model.architectures import check_supported
-from batchpipe.model.checkpoint import StoredTensor, read_json, read_tensors
+from batchpipe.model.checkpoint import has_weights, read_json, read_shapes
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -40,19 +41,26 @@ def describe_model(
     name: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    needs_weights: bool = True,
 ) -> ModelInfo:
     """Reads config.json, the tokenizer's size and the weight files' headers.
 
     name: what the job calls the model; the folder's name where it is None.
+    needs_weights: if false and the folder has no weight files, sizes are those of the model that config.json makes.
     dtype: auto (the checkpoint's own), bfloat16, float16 or float32. Raises ModelError where the folder is
     incomplete, damaged, or holds a model that cannot run.
     """
     check_supported(read_json(folder / "config.json"), trust_remote_code=trust_remote_code)
     config = _load_config(folder, trust_remote_code)
-    tensors = read_tensors(folder)
+    if needs_weights or has_weights(folder):
+        shapes = read_shapes(folder)
+    else:
+        from batchpipe.model.from_config import tensor_shapes
+
+        shapes = tensor_shapes(folder, config, trust_remote_code)
     _check_vocabulary(folder, config.vocab_size)
     dtype = _resolve_dtype(dtype, config, device)
-    layer_elements, layer_active_elements, other_elements = _count_elements(tensors, config)
+    layer_elements, layer_active_elements, other_elements = _count_elements(shapes, config)
     item_bytes = ITEM_BYTES[dtype]
     return ModelInfo(
         name=name or folder.name,
@@ -140,18 +148,20 @@ def _check_vocabulary(folder: Path, vocabulary_size: int) -> None:
         )
 
 
-def _count_elements(tensors: dict[str, StoredTensor], config: Any) -> tuple[list[int], list[float], int]:
+def _count_elements(shapes: dict[str, tuple[int, ...]], config: Any) -> tuple[list[int], list[float], int]:
     """Numbers in each layer, those of them that one token is multiplied with, and numbers outside the layers."""
     num_experts = next((n for key in _EXPERT_COUNTS if (n := getattr(config, key, None))), 1)
     active_share = (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts
     layer_elements = [0] * config.num_hidden_layers
     active_elements = [0.0] * config.num_hidden_layers
     other_elements = 0
-    for name, tensor in tensors.items():
+    for name, shape in shapes.items():
         found = _LAYER.search(name)
         if found and int(found[1]) < len(layer_elements):
-            layer_elements[int(found[1])] += tensor.num_elements
-            active_elements[int(found[1])] += tensor.num_elements * (active_share if ".experts." in name else 1.0)
+            # Experts have a tensor each, or one tensor [num_experts, ...] for all of them.
+            is_of_experts = ".experts." in name or (len(shape) == 3 and shape[0] == num_experts)
+            layer_elements[int(found[1])] += prod(shape)
+            active_elements[int(found[1])] += prod(shape) * (active_share if is_of_experts else 1.0)
         else:
-            other_elements += tensor.num_elements
+            other_elements += prod(shape)
     return layer_elements, active_elements, other_elements

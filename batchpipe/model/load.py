@@ -162,7 +162,7 @@ def _stage_class(
     folder: Path, config: Any, layers: range, is_first: bool, is_last: bool, trust_remote_code: bool
 ) -> Any:
     """The model's own class, cut to one stage. So names, tying, fusing and buffers stay transformers' business."""
-    base = _causal_lm_class(folder, config, trust_remote_code)
+    base = causal_lm_class(folder, config, trust_remote_code)
 
     def init(self: Any, config: Any) -> None:
         base.__init__(self, config)
@@ -178,7 +178,8 @@ def _stage_class(
     return type(base.__name__, (base,), attributes)
 
 
-def _causal_lm_class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
+def causal_lm_class(folder: Path, config: Any, trust_remote_code: bool) -> Any:
+    """The transformers class of this configuration, or the one that comes with the model."""
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if own_code and trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return get_class_from_dynamic_module(own_code, str(folder))

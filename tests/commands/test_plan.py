@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batchpipe.commands.plan import describe_plan, plan_job
-from batchpipe.errors import InputError, JobError
+from batchpipe.errors import InputError, JobError, ModelError
 from batchpipe.job import load_job
 from batchpipe.runner.run import run_job
 from tests.runner.test_run import good_rows, job_of, open_fake
+from tests.tiny_models import tiny_model
 
 
 def plan(tmp_path: Path, rows: list[Any], hardware: str | None = "4xl20", **sections: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +67,23 @@ def test_this_machine_is_planned_without_a_profile(tmp_path: Path, monkeypatch: 
     found = plan(tmp_path, good_rows(10), hardware=None)
     assert found["times_from"].startswith("estimate")
     assert found["generate_seconds"] > 0
+
+
+@pytest.mark.parametrize("hardware", [None, "4xl20"])
+def test_a_model_without_weights_is_planned_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hardware: str | None
+) -> None:
+    monkeypatch.setenv("BATCHPIPE_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+    model = {"model": {"name": str(folder)}}
+    engine = {"kv_device_memory": "64KiB", "num_stages": 2}
+    whole = plan(tmp_path, good_rows(30), hardware, engine=engine, **model)
+    (folder / "model.safetensors").unlink()
+    found = plan(tmp_path, good_rows(30), hardware, engine=engine, **model)
+    assert found | {"planner_fraction": 0} == whole | {"planner_fraction": 0}
+    with pytest.raises(ModelError, match=r"has no model\.safetensors") as refusal:
+        run_job(job_of(tmp_path, good_rows(30), **model))
+    assert refusal.value.exit_code == 6
 
 
 @pytest.mark.parametrize("hardware", ["9xnothing", "missing.yaml"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from batchpipe.errors import ModelError
 from batchpipe.model.architectures import SUPPORTED
 from batchpipe.model.describe import describe_model
 from tests.tiny_models import ARCHITECTURES, tiny_model
+
+LLAMA_70B = Path(__file__).parents[2] / "benchmarks" / "models" / "Llama-2-70B"
 
 
 @pytest.fixture
@@ -36,6 +39,37 @@ def test_weight_bytes_are_those_of_the_loaded_model(architecture: str) -> None:
     assert info.weight_bytes == sum(parameter.numel() * 4 for parameter in model.parameters())
     layers = [sum(p.numel() * 4 for p in layer.parameters()) for layer in model.model.layers]
     assert list(info.layer_weight_bytes) == layers
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_without_weights_a_model_is_what_its_configuration_makes(architecture: str, tmp_path: Path) -> None:
+    no_weights = shutil.ignore_patterns("*.safetensors")
+    folder = Path(shutil.copytree(tiny_model(architecture), tmp_path / architecture, ignore=no_weights))
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
+        describe_model(folder)
+    found = describe_model(folder, needs_weights=False)
+    assert replace(found, folder=tiny_model(architecture)) == describe_model(tiny_model(architecture))
+
+
+def test_a_published_configuration_has_its_published_size() -> None:
+    info = describe_model(LLAMA_70B, "bfloat16", needs_weights=False)
+    assert info.weight_bytes == pytest.approx(2 * 68.98e9, rel=1e-3)
+    assert (info.num_layers, info.num_kv_heads, info.head_dim, info.max_context_tokens) == (80, 8, 128, 4096)
+    assert info.kv_bytes_per_token == 327_680
+    assert describe_model(LLAMA_70B, device="cuda", needs_weights=False).dtype == "float16"
+
+
+def test_pickled_weights_are_refused_with_a_configuration_too(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="only pickled weights"):
+        describe_model(folder, needs_weights=False)
+
+
+def test_a_configuration_that_makes_no_model_is_told(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    change_config(folder, hidden_act="no such function")
+    with pytest.raises(ModelError, match=r"config\.json makes no model.*no such function"):
+        describe_model(folder, needs_weights=False)
 
 
 def test_geometry() -> None:

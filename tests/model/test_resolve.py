@@ -88,6 +88,19 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.Monkey
         resolve_model(spec("someone/model", revision="other"))
 
 
+def test_a_plan_asks_the_hub_for_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return f"/snapshots/{name}"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for needs_weights in (True, False):
+        assert resolve_model(spec("someone/model"), needs_weights=needs_weights).revision == "model"
+    assert set(asked[0]) - set(asked[1]) == {"*.safetensors"}
+
+
 def write_gguf(path: Path) -> torch.Tensor:
     """A Llama of one layer in float32; returns its embedding."""
     random = np.random.default_rng(5)

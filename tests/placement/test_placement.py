@@ -17,6 +17,7 @@ from batchpipe.placement import placement as placements
 from batchpipe.placement.machine import Machine, this_machine
 from batchpipe.placement.placement import Placement, place, place_on
 from batchpipe.placement.stage_split import split_stages
+from tests.model.test_describe import LLAMA_70B
 from tests.tiny_models import tiny_model
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -120,6 +121,27 @@ def test_a_link_that_carries_less_than_is_needed_is_helped_by_layers(
     monkeypatch.setattr(found.cost.model, "kv_links", ())
     monkeypatch.setattr(placements, "known_cost", lambda *_: found.cost)
     assert place_on("2xl20", engine(), info).offload.mode == "batch"
+
+
+def test_a_model_without_weights_is_placed_on_hardware_by_its_name() -> None:
+    info = describe_model(LLAMA_70B, "bfloat16", needs_weights=False)
+    sizes = {"num_stages": 8, "kv_device_memory": "8GiB", "kv_host_memory": "32GiB"}
+    found = place_on("8xrtx5090", EngineSpec.model_validate(sizes), info)
+    assert (found.split.num_stages, found.split.num_replicas, found.block_tokens) == (8, 1, 16)
+    # The last stage, with the head, has fewer layers; the largest block decides for all.
+    block_bytes = max(map(len, found.split.layers)) * 16 * info.kv_bytes_per_token_layer
+    assert (found.capacity.num_blocks, found.capacity.num_host_blocks) == (
+        8 * GIB // block_bytes,
+        32 * GIB // block_bytes,
+    )
+    assert found.offload.mode == found.capacity.offload != "none"
+    assert "the link carries" in found.offload.reason
+    assert found.cost is not None and found.cost.source.startswith("roofline of ")
+    assert sum(found.weight_bytes_per_stage) == info.weight_bytes
+    one_tier = place_on("8xrtx5090", EngineSpec.model_validate(sizes | {"offload": "none"}), info)
+    assert (one_tier.offload.reason, one_tier.capacity.num_host_blocks) == ("engine.offload is none", 0)
+    with pytest.raises(MemoryLimitError, match="8 x NVIDIA.* ask for more stages"):
+        place_on("8xrtx5090", EngineSpec(num_stages=2), info)
 
 
 def test_layers_that_are_too_few_to_stream_are_told(info: ModelInfo) -> None:
