@@ -11,7 +11,7 @@ import csv
 import json
 import lzma
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchpipe.cost.model import StepWork
+from batchpipe.job.sampling import Sampling
 from batchpipe.predict.base import Survival
 from batchpipe.sample.rng import stream_of
 from batchpipe.types import BoolArray, Carried, Int32Array, Request, RowKey, SamplingParams
@@ -27,6 +28,7 @@ EOS_TOKEN_ID = 0
 NUM_CLASSES = 5
 # TD-Pipe reports 0.52 to 0.58 for its three models.
 PREDICTOR_ACCURACY = 0.55
+_GREEDY = Sampling().params()
 _NOTHING = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
 
 
@@ -85,11 +87,7 @@ def requests_of(lengths: Lengths) -> tuple[list[Request], dict[int, int]]:
 
 
 def sampling_of(max_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=max_tokens, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
-        presence_penalty=0.0, frequency_penalty=0.0, logit_bias={}, stop=(), stop_token_ids=(), ignore_eos=False,
-        min_tokens=0, n=1, seed=0, logprobs=0,
-    )  # fmt: skip
+    return replace(_GREEDY, max_tokens=max_tokens)
 
 
 # -- a predictor with a known error --------------------------------------------------------------------------------

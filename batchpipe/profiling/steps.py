@@ -9,27 +9,11 @@ from functools import cached_property
 import numpy as np
 
 from batchpipe.cost.model import StepWork
-from batchpipe.types import SamplingParams, SequenceStart, Step
+from batchpipe.job.sampling import Sampling
+from batchpipe.types import SequenceStart, Step
 
 _SHORT_TOKENS = 16
-_GREEDY = SamplingParams(
-    max_tokens=1 << 20,
-    temperature=0.0,
-    top_p=1.0,
-    top_k=0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    logit_bias={},
-    stop=(),
-    stop_token_ids=(),
-    ignore_eos=True,
-    min_tokens=0,
-    n=1,
-    seed=0,
-    logprobs=0,
-)
+_GREEDY = Sampling(max_tokens=1 << 20, ignore_eos=True).params()
 
 
 @dataclass(frozen=True)

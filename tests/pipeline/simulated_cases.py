@@ -11,16 +11,13 @@ import pyarrow as pa
 
 from batchpipe.pipeline.simulated import SimulatedPipeline
 from batchpipe.sample.rng import stream_of
-from batchpipe.types import Capacity, Carried, Request, RowKey, SamplingParams, SequenceStart, Step, Transfers
+from batchpipe.types import Capacity, Carried, Request, RowKey, SequenceStart, Step, Transfers
 from tests.cost.formula_cost import FormulaCost
+from tests.scheduler.scheduler_cases import sampling
 
 EOS = 5
 NOTHING = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
-SAMPLING = SamplingParams(
-    max_tokens=1000, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
-    frequency_penalty=0.0, logit_bias={}, stop=(), stop_token_ids=(), ignore_eos=False, min_tokens=0, n=1, seed=0,
-    logprobs=0,
-)  # fmt: skip
+SAMPLING = sampling(max_tokens=1000)
 
 
 def token_cost(seconds_per_token: Sequence[float], **changes: Any) -> FormulaCost:

@@ -25,6 +25,7 @@ from batchpipe.placement.open import stage_specs
 from batchpipe.placement.stage_split import StageSplit, stage_layers
 from batchpipe.runner.engine import Engine
 from batchpipe.types import Capacity, Request
+from tests.scheduler.drive import run_engine
 from tests.scheduler.scheduler_cases import request, sampling
 from tests.tiny_models import ARCHITECTURES, tiny_model
 from tests.transformers_tokens import greedy_tokens
@@ -98,12 +99,7 @@ def generate(*pipelines: Pipeline, schedule: str = "hybrid") -> tuple[list[tuple
         for pipeline in pipelines:
             stack.enter_context(pipeline)
         engine = Engine(pipelines, schedule, frozenset(), lambda params: None)
-        engine.add(prompts())
-        finished = []
-        while not engine.idle:
-            finished += engine.advance()
-            for replica in engine.replicas:
-                replica.scheduler.check_integrity()
+        finished = run_engine(engine, prompts())
     finished.sort(key=lambda end: end.request.key.index)
     return [end.completions[0].token_ids for end in finished], engine
 

@@ -21,6 +21,7 @@ from batchpipe.placement.open import stage_specs
 from batchpipe.placement.stage_split import StageSplit, stage_layers
 from batchpipe.runner.engine import Engine
 from batchpipe.types import Capacity, FinishedRequest, Request
+from tests.scheduler.drive import run_engine
 from tests.scheduler.scheduler_cases import request, sampling
 from tests.tiny_models import ARCHITECTURES, save_tiny_model
 from tests.transformers_tokens import greedy_tokens
@@ -98,11 +99,7 @@ def open_deep(
 def generate(pipeline: Pipeline, schedule: str = "hybrid") -> tuple[list[FinishedRequest], Engine]:
     with pipeline:
         engine = Engine([pipeline], schedule, frozenset(), lambda params: None)
-        engine.add(rows())
-        finished = []
-        while not engine.idle:
-            finished += engine.advance()
-            engine.replicas[0].scheduler.check_integrity()
+        finished = run_engine(engine, rows())
     scheduler = engine.replicas[0].scheduler
     assert scheduler.num_corrupt == 0
     assert scheduler.ledger.num_used == 0

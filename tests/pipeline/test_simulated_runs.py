@@ -12,22 +12,9 @@ from batchpipe.runner.simulate import simulate
 from batchpipe.sample.rng import stream_of
 from batchpipe.scheduler.policies.schedules import SCHEDULES
 from batchpipe.scheduler.scheduler import Scheduler
-from batchpipe.types import ErrorCode, FinishedRequest, FinishReason, Request
+from batchpipe.types import ErrorCode, FinishReason
 from tests.pipeline.simulated_cases import EOS, capacity, cases, token_cost
-
-
-def drive(scheduler: Scheduler, pipeline: SimulatedPipeline, requests: list[Request]) -> list[FinishedRequest]:
-    scheduler.add(requests)
-    finished: list[FinishedRequest] = []
-    while not scheduler.idle:
-        while scheduler.num_in_flight < pipeline.capacity.max_batches and (step := scheduler.next_step()):
-            pipeline.submit(step)
-        if scheduler.num_in_flight:
-            assert pipeline.ready()
-            scheduler.record(pipeline.collect())
-        scheduler.check_integrity()
-        finished += scheduler.take_finished()
-    return finished
+from tests.scheduler.drive import drive, submit_steps
 
 
 def scheduler_for(pipeline: SimulatedPipeline, schedule: str) -> Scheduler:
@@ -126,8 +113,7 @@ def test_a_restarted_pipeline_ends_every_request_at_its_length() -> None:
     scheduler = scheduler_for(pipeline, "hybrid")
     scheduler.add(requests)
     for _ in range(5):
-        while scheduler.num_in_flight < 3 and (step := scheduler.next_step()):
-            pipeline.submit(step)
+        submit_steps(scheduler, pipeline)
         scheduler.record(pipeline.collect())
     pipeline.restart()
     assert not pipeline.ready()

@@ -8,22 +8,22 @@ from batchpipe.predict.online import OnlinePredictor
 from batchpipe.predict.quantile import QuantileClassifier
 from batchpipe.runner.engine import Engine
 from batchpipe.types import FinishedRequest
+from tests.scheduler.drive import run_engine
 from tests.scheduler.scheduler_cases import EOS, capacity, fake, request
 
 
-def drive(schedule: str, rows: int, max_tokens: int) -> tuple[list[FinishedRequest], Engine]:
+def finished_by(schedule: str, rows: int, max_tokens: int) -> tuple[list[FinishedRequest], Engine]:
     predictor = OnlinePredictor(QuantileClassifier.shipped(), 200)
     engine = Engine([fake(capacity(num_blocks=400))], schedule, frozenset({EOS}), lambda params: None, predictor)
-    finished = []
+    finished: list[FinishedRequest] = []
     for start in range(0, rows, 20):
-        engine.add(request(i, 5 + i % 40, max_tokens=max_tokens) for i in range(start, start + 20))
-        while not engine.idle:
-            finished += engine.advance()
+        coming = [request(i, 5 + i % 40, max_tokens=max_tokens) for i in range(start, start + 20)]
+        finished += run_engine(engine, coming)
     return finished, engine
 
 
 def test_expectations_come_to_be_those_of_the_jobs_own_rows() -> None:
-    finished, _ = drive("temporal", 400, 200)
+    finished, _ = finished_by("temporal", 400, 200)
     lengths = np.array([len(end.completions[0].token_ids) for end in finished])
     expected = np.array([end.request.predicted_tokens for end in finished])
     assert lengths.mean() < 12  # this pipeline ends a row after eight tokens or so
@@ -32,13 +32,13 @@ def test_expectations_come_to_be_those_of_the_jobs_own_rows() -> None:
 
 
 def test_a_row_cut_at_its_limit_is_no_short_row() -> None:
-    finished, _ = drive("hybrid", 200, 2)
+    finished, _ = finished_by("hybrid", 200, 2)
     expected = np.array([end.request.predicted_tokens for end in finished])
     assert (expected[-50:] == 2).all()
 
 
 def test_every_planner_gets_the_curves() -> None:
-    _, engine = drive("temporal", 20, 10)
+    _, engine = finished_by("temporal", 20, 10)
     assert all(replica.scheduler.state.survival is not None for replica in engine.replicas)
 
 

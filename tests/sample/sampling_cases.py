@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from batchpipe.types import SamplingParams, SequenceStart
+from tests.scheduler.scheduler_cases import sampling
 
-NEUTRAL = SamplingParams(
-    max_tokens=64,
-    temperature=0.0,
-    top_p=1.0,
-    top_k=0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    logit_bias={},
-    stop=(),
-    stop_token_ids=(),
-    ignore_eos=False,
-    min_tokens=0,
-    n=1,
-    seed=0,
-    logprobs=0,
-)
+NEUTRAL = sampling(max_tokens=64)
 
 
 def sequence_start(
     sequence_id: int,
-    sampling: SamplingParams,
+    params: SamplingParams,
     *,
     stream: int = 1,
     prompt: Sequence[int] = (1, 2, 3),
     generated: Sequence[int] = (),
 ) -> SequenceStart:
-    return SequenceStart(sequence_id, stream, sampling, np.array(prompt, np.int32), tuple(generated))
+    return SequenceStart(sequence_id, stream, params, np.array(prompt, np.int32), tuple(generated))
 
 
 def settings(**changes: Any) -> SamplingParams:
-    values = {name: getattr(NEUTRAL, name) for name in SamplingParams.__slots__}
-    return SamplingParams(**(values | changes))
+    return replace(NEUTRAL, **changes)

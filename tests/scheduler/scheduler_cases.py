@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
+from batchpipe.job.sampling import Sampling
 from batchpipe.pipeline.fake import FakePipeline, fake_kv
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import (
     Capacity,
     Carried,
     Completion,
-    FinishedRequest,
     FinishReason,
     Request,
     RowKey,
     SamplingParams,
 )
 
+GREEDY = Sampling().params()
 VOCABULARY, EOS = 97, 96
 NOTHING = pa.RecordBatch.from_pylist([{}], schema=pa.schema([]))
 
 
-def sampling(**changes: object) -> SamplingParams:
-    values: dict[str, object] = {
-        "max_tokens": 20, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
-        "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}, "stop": (), "stop_token_ids": (),
-        "ignore_eos": False, "min_tokens": 0, "n": 1, "seed": 0, "logprobs": 0,
-    }  # fmt: skip
-    return SamplingParams(**(values | changes))  # type: ignore[arg-type]
+def sampling(**changes: Any) -> SamplingParams:
+    return replace(GREEDY, **{"max_tokens": 20, **changes})
 
 
-def request(index: int, num_prompt: int, *, num_shared: int = 0, **changes: object) -> Request:
+def request(index: int, num_prompt: int, *, num_shared: int = 0, **changes: Any) -> Request:
     """A random prompt whose first `num_shared` tokens are those of every other request's."""
     tokens = np.random.default_rng(index).integers(0, VOCABULARY - 1, num_prompt).astype(np.int32)
     shared = np.random.default_rng(999).integers(0, VOCABULARY - 1, num_shared).astype(np.int32)
@@ -39,12 +38,11 @@ def request(index: int, num_prompt: int, *, num_shared: int = 0, **changes: obje
     return Request(RowKey(index, str(index), Carried(NOTHING, 0)), tokens, sampling(**changes))
 
 
-def capacity(**changes: int | str) -> Capacity:
-    values: dict[str, int | str] = {
-        "num_blocks": 64, "block_tokens": 4, "num_stages": 1, "max_batches": 1, "max_step_tokens": 32,
-        "max_batch_sequences": 8,
-    }  # fmt: skip
-    return Capacity(**(values | changes))  # type: ignore[arg-type]
+def capacity(**changes: Any) -> Capacity:
+    small = Capacity(
+        num_blocks=64, block_tokens=4, num_stages=1, max_batches=1, max_step_tokens=32, max_batch_sequences=8
+    )
+    return replace(small, **changes)
 
 
 def scheduler_for(offered: Capacity, schedule: str = "hybrid") -> Scheduler:
@@ -65,21 +63,6 @@ def expected(request: Request, model: FakePipeline) -> Completion:
             return Completion(tuple(generated), FinishReason.STOP)
         if len(generated) == params.max_tokens:
             return Completion(tuple(generated), FinishReason.LENGTH)
-
-
-def drive(scheduler: Scheduler, pipeline: FakePipeline, requests: list[Request]) -> list[FinishedRequest]:
-    scheduler.add(requests)
-    finished: list[FinishedRequest] = []
-    while not scheduler.idle:
-        while scheduler.has_room and (step := scheduler.next_step()):
-            assert len(step.token_ids) <= pipeline.capacity.max_step_tokens
-            assert len(step.sequence_ids) <= pipeline.capacity.max_batch_sequences
-            pipeline.submit(step)
-        if scheduler.num_in_flight:
-            scheduler.record(pipeline.collect())
-        scheduler.check_integrity()
-        finished += scheduler.take_finished()
-    return finished
 
 
 def fake(offered: Capacity) -> FakePipeline:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from batchpipe.scheduler.policies.schedules import SCHEDULES
 from batchpipe.types import ErrorCode
-from tests.scheduler.scheduler_cases import capacity, drive, expected, fake, request, scheduler_for
+from tests.scheduler.drive import drive, submit_steps
+from tests.scheduler.scheduler_cases import capacity, expected, fake, request, scheduler_for
 
 
 @settings(max_examples=60)
@@ -83,8 +84,7 @@ def test_a_restarted_pipeline_continues_with_the_same_texts(after_steps: int) ->
     pipeline, scheduler = fake(offered), scheduler_for(offered)
     scheduler.add(requests)
     for _ in range(after_steps):
-        while scheduler.num_in_flight < 3 and (step := scheduler.next_step()):
-            pipeline.submit(step)
+        submit_steps(scheduler, pipeline)
         scheduler.record(pipeline.collect())
     pipeline.restart()
     scheduler.requeue_all()
@@ -123,10 +123,8 @@ def test_separate_never_mixes_prefills_and_decodes() -> None:
     scheduler, pipeline = scheduler_for(offered, "separate"), fake(offered)
     scheduler.add([request(i, 6, max_tokens=4, ignore_eos=True) for i in range(20)])
     while not scheduler.idle:
-        step = scheduler.next_step()
-        assert step is not None
+        (step,) = submit_steps(scheduler, pipeline)
         assert len(set(step.context_lengths >= 6)) == 1
-        pipeline.submit(step)
         scheduler.record(pipeline.collect())
 
 
@@ -136,9 +134,7 @@ def test_circulating_batches_hold_the_same_number() -> None:
     scheduler.add([request(i, 4, max_tokens=9, ignore_eos=True) for i in range(32)])
     sizes = []
     while not scheduler.idle:
-        while scheduler.num_in_flight < 4 and (step := scheduler.next_step()):
-            pipeline.submit(step)
-            if (step.query_lengths == 1).all():
-                sizes.append(len(step.sequence_ids))
+        steps = submit_steps(scheduler, pipeline)
+        sizes += [len(step.sequence_ids) for step in steps if (step.query_lengths == 1).all()]
         scheduler.record(pipeline.collect())
     assert set(sizes) == {8}

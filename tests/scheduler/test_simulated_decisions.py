@@ -18,6 +18,7 @@ from batchpipe.sample.rng import stream_of
 from batchpipe.types import Capacity, FinishedRequest, Request, Step, StepResult
 from tests.cost.formula_cost import FormulaCost
 from tests.pipeline.test_engine_sameness import open_tiny
+from tests.scheduler.drive import run_engine
 from tests.scheduler.scheduler_cases import request
 
 EOS = 7
@@ -64,21 +65,17 @@ def rows() -> list[Request]:
     return [request(i, 3 + i * 7 % 23, num_shared=9, max_tokens=4 + i * 5 % 24) for i in range(40)]
 
 
-def drive(pipeline: Recorded, schedule: str) -> list[FinishedRequest]:
+def run_recorded(pipeline: Recorded, schedule: str) -> list[FinishedRequest]:
     predictor = OnlinePredictor(QuantileClassifier.shipped(), 32)
     engine = Engine([pipeline], schedule, frozenset({EOS}), lambda params: None, predictor, OnlineCost(FLAT_COST))  # type: ignore[list-item]
-    engine.add(rows())
-    finished = []
-    while not engine.idle:
-        finished += engine.advance()
-    return finished
+    return run_engine(engine, rows())
 
 
 @pytest.mark.parametrize("schedule", ["temporal", "temporal-published", "hybrid"])
 def test_decisions_are_those_of_the_real_run(schedule: str) -> None:
     with open_tiny("llama", NUM_STAGES, 4, 48) as real:
         recorded = Recorded(real)
-        finished = drive(recorded, schedule)
+        finished = run_recorded(recorded, schedule)
         capacity = real.capacity
     assert len(finished) == 40
     lengths = {}
@@ -89,6 +86,6 @@ def test_decisions_are_those_of_the_real_run(schedule: str) -> None:
         lengths[stream] = len(tokens) if tokens[-1] == EOS else len(tokens) + 1
     assert len({len(end.completions[0].token_ids) for end in finished}) > 5
     simulated = Recorded(Replayed(capacity, lengths, recorded.stage_seconds))
-    drive(simulated, schedule)
+    run_recorded(simulated, schedule)
     assert simulated.decisions == recorded.decisions
     assert np.ptp([len(decision[0]) for decision in recorded.decisions]) > 0  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from batchpipe.pipeline.fake import FakePipeline
 from batchpipe.scheduler.policies.schedules import SCHEDULES
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import Capacity, ErrorCode, FinishedRequest, Request, Step, StepResult, Transfers
-from tests.scheduler.scheduler_cases import EOS, VOCABULARY, capacity, drive, expected, fake, request, scheduler_for
+from tests.scheduler.drive import drive
+from tests.scheduler.scheduler_cases import EOS, VOCABULARY, capacity, expected, fake, request, scheduler_for
 
 # Of the steps that all tokens would take one by one: recomputing takes more, going round in circles takes for ever.
 MAX_STEPS_PER_TOKEN = 30

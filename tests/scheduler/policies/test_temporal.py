@@ -9,7 +9,8 @@ from batchpipe.predict.base import Survival
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.types import Step
 from tests.cost.formula_cost import FormulaCost
-from tests.scheduler.scheduler_cases import EOS, capacity, drive, fake, request
+from tests.scheduler.drive import drive, submit_steps
+from tests.scheduler.scheduler_cases import EOS, capacity, fake, request
 
 TILES = FormulaCost(lambda stage, work: float(-(-work.num_tokens // 16)), num_stages=4)
 
@@ -48,14 +49,12 @@ def test_without_a_forecast_every_row_is_taken_to_use_its_limit() -> None:
     assert scheduler.num_preemptions == 0
 
 
-def steps_of(scheduler: Scheduler, rows: int, max_batches: int) -> list[Step]:
+def steps_of(scheduler: Scheduler, rows: int) -> list[Step]:
     pipeline = fake(scheduler.capacity)
     scheduler.add([request(i, 6, max_tokens=12, ignore_eos=True) for i in range(rows)])
-    steps = []
+    steps: list[Step] = []
     while not scheduler.idle:
-        while scheduler.num_in_flight < max_batches and (step := scheduler.next_step()):
-            steps.append(step)
-            pipeline.submit(step)
+        steps += submit_steps(scheduler, pipeline)
         scheduler.record(pipeline.collect())
     return steps
 
@@ -64,7 +63,7 @@ def test_prefills_come_first_and_then_ride_along() -> None:
     scheduler = planner_of(
         "temporal", curves=exactly(12), num_blocks=200, max_batches=4, num_stages=4, max_batch_sequences=64
     )
-    steps = steps_of(scheduler, 200, 4)
+    steps = steps_of(scheduler, 200)
     kinds = [(bool((step.context_lengths >= 6).any()), bool((step.context_lengths < 6).any())) for step in steps]
     first_decode = next(i for i, (decodes, _) in enumerate(kinds) if decodes)
     assert first_decode > 4
@@ -74,6 +73,6 @@ def test_prefills_come_first_and_then_ride_along() -> None:
 
 def test_published_never_mixes_and_changes_phase_more_than_once() -> None:
     scheduler = planner_of("temporal-published", num_blocks=100, max_batches=4, num_stages=4, max_batch_sequences=64)
-    for step in steps_of(scheduler, 200, 4):
+    for step in steps_of(scheduler, 200):
         assert len(set((step.context_lengths >= 6).tolist())) == 1
     assert scheduler.num_phase_switches > 2
