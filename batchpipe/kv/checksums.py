@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchpipe.kv.pool import INTEGERS
 from batchpipe.types import BoolArray, Int32Array
 
 _SEED = 20
-_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def row_weights(num_layers: int, num_kv_heads: int, device: torch.device) -> Tensor:
@@ -42,7 +42,7 @@ def block_checks(blocks: Tensor, weights: Tensor) -> Tensor:
 
 def _sums(numbers: Tensor) -> Tensor:
     """[..., D] -> int32 [...]; summed as int64 torch would first write all numbers out as such."""
-    return numbers.view(_INTEGERS[numbers.dtype.itemsize]).sum(-1, dtype=torch.int32)
+    return numbers.view(INTEGERS[numbers.dtype.itemsize]).sum(-1, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

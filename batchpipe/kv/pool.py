@@ -22,6 +22,7 @@ from batchpipe.kv.layout import KvLayout
 from batchpipe.types import Int32Array
 
 KEY, VALUE = 0, 1
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by item size, for the bits of KV: numpy has no bfloat16
 READY_BYTES = 2 << 30
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 

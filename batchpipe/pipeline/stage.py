@@ -102,7 +102,7 @@ class Stage:
         if spec.device == "cpu" and self._backend.name == "cpu":
             fuse(self._model, self.dtype)
         self._pool: KvPool | None = None
-        self._tiers: KvSwapper | None = None
+        self._swapper: KvSwapper | None = None
         self.corrupt = {}
 
     @property
@@ -133,7 +133,7 @@ class Stage:
         if not num_host_blocks:
             return
         pinned = self._pool.device.type == "cuda"
-        self._tiers = KvSwapper(
+        self._swapper = KvSwapper(
             self._pool,
             KvPool(num_host_blocks, *geometry, pinned=pinned, asked_by="engine.kv_host_memory"),
             self._backend,
@@ -146,12 +146,12 @@ class Stage:
 
     def announce(self, step: Step) -> None:
         """In the order of the steps, as early as the step is known: what it needs from the host sets out."""
-        if self._tiers is not None:
-            self._tiers.announce(step)
+        if self._swapper is not None:
+            self._swapper.announce(step)
 
     def close(self) -> None:
-        if self._tiers is not None:
-            self._tiers.close()
+        if self._swapper is not None:
+            self._swapper.close()
 
     @torch.inference_mode()
     def run(self, step: Step, hidden: Tensor | None) -> Tensor:
@@ -159,12 +159,12 @@ class Stage:
 
         From the last stage: logits [N, vocabulary_size], of the sequences that sample.
         """
-        if self._tiers is None:
+        if self._swapper is None:
             assert step.transfers is None, "transfers where there is one tier"
             return self._compute(step, hidden, self._backend, None)
-        staging_slots = self._tiers.begin(step)
-        output = self._compute(step, hidden, self._tiers.backend, staging_slots)
-        self.link_use, self.corrupt = self._tiers.finish()
+        staging_slots = self._swapper.begin(step)
+        output = self._compute(step, hidden, self._swapper.backend, staging_slots)
+        self.link_use, self.corrupt = self._swapper.finish()
         return output
 
     def _compute(

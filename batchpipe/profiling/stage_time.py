@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 
 from batchpipe.pipeline.stage import Stage, StageSpec
-from batchpipe.pipeline.swap.copy_engine import copy_bytes
+from batchpipe.pipeline.swap.block_copies import copy_bytes
 from batchpipe.profiling.steps import Shape, announcing, build_steps, sequence_start
 from batchpipe.sample.sampler import Sampler
 from batchpipe.types import Step

@@ -5,29 +5,32 @@ To the device go whole blocks, or one layer of them after the other; to the host
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from ctypes import c_int64, c_void_p
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchpipe.kv.pool import KEY, KvPool
+from batchpipe.kv.pool import INTEGERS, KEY, KvPool
+from batchpipe.native.build import load_kernels
 from batchpipe.pipeline.memory import NUM_STAGING_BUFFERS
-from batchpipe.pipeline.swap.copy_engine import Fault, TransferEvent, copy_bytes, copy_pieces
+from batchpipe.pipeline.swap.copy_engine import Fault, TransferEvent
 from batchpipe.pipeline.swap.step_transfers import StepTransfers
 from batchpipe.types import Int32Array
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16
-
 
 class BlockCopies:
-    """`staged` is for the computing thread, the rest for the link's."""
+    """The computing thread calls `staging_of`, the announcing thread `loads_of`, a copy engine's thread the others."""
 
     def __init__(self, pool: KvPool, host_pool: KvPool, max_step_tokens: int, faults: tuple[Fault, ...]) -> None:
         self._device = pool.device
         self._num_blocks = pool.num_blocks
         self._device_slots = _layer_slots(pool)
         self._host_slots = _layer_slots(host_pool)
-        self._host_rows = host_pool.data.view(_INTEGERS[pool.dtype.itemsize]).numpy()
+        self._host_rows = host_pool.data.view(INTEGERS[pool.dtype.itemsize]).numpy()
         shape = (max_step_tokens, pool.num_layers, 2, pool.num_kv_heads, pool.head_dim)
         self._staging = [torch.zeros(shape, dtype=pool.dtype, device=pool.device) for _ in range(NUM_STAGING_BUFFERS)]
         self._landing = self._staging  # where the host reads what was staged
@@ -35,16 +38,16 @@ class BlockCopies:
             self._landing = [torch.zeros(shape, dtype=pool.dtype, pin_memory=True) for _ in self._staging]
         self._faults = {(one.kind, one.step_id, one.number) for one in faults}
 
-    def staged(self, turn: StepTransfers) -> Tensor:
-        """[T, L, 2, Hkv, D]: the new KV of the step, for computing to fill."""
-        return _of(turn, self._staging)
+    def staging_of(self, moves: StepTransfers) -> Tensor:
+        """[T, L, 2, Hkv, D]: the step's new KV, filled while it is computed."""
+        return _of(moves, self._staging)
 
-    def loads_of(self, turn: StepTransfers) -> tuple[Int32Array, Int32Array]:
-        """The step's loads [M, 2], and those that are late: none, where no fault is asked for."""
-        loads = turn.transfers.loads.copy()
+    def loads_of(self, moves: StepTransfers) -> tuple[Int32Array, Int32Array]:
+        """The step's loads [M, 2], and those that come too late, which only a fault makes."""
+        loads = moves.transfers.loads.copy()
         is_late = np.zeros(len(loads), np.bool_)
         for kind, step_id, number in self._faults:
-            if step_id != turn.step.step_id or number >= len(loads):
+            if step_id != moves.step.step_id or number >= len(loads):
                 continue
             if kind == "wrong_source":
                 loads[number, 0] = (loads[number, 0] + 1) % len(self._host_slots)
@@ -55,36 +58,75 @@ class BlockCopies:
         return loads[~is_late], loads[is_late]
 
     def load(self, loads: Int32Array) -> None:
-        """Whole blocks [M, 2]: (host, device block)."""
+        """Copies whole blocks; loads [M, 2]: host block, device block."""
         copy_pieces(self._device_slots.flatten(1), loads[:, 1], self._host_slots.flatten(1), loads[:, 0])
 
     def load_layer(self, loads: Int32Array, layer: int) -> None:
         copy_pieces(self._device_slots[:, layer], loads[:, 1], self._host_slots[:, layer], loads[:, 0])
 
-    def stream(self, turn: StepTransfers, layer: int, part: NDArray[np.int64]) -> None:
-        """One layer of those of the step's streamed blocks."""
-        slots, streams = turn.stream_slots[part] + layer % 2, turn.transfers.streams[part]
-        copy_pieces(self._device_slots.flatten(0, 1), slots, self._host_slots[:, layer], streams)
+    def load_staged_layer(self, moves: StepTransfers, layer: int, part: NDArray[np.int64]) -> None:
+        """One layer of the staged blocks that `part` indexes."""
+        slots, host_blocks = moves.staging_slots[part] + layer % 2, moves.transfers.streams[part]
+        copy_pieces(self._device_slots.flatten(0, 1), slots, self._host_slots[:, layer], host_blocks)
 
-    def store(self, turn: StepTransfers) -> None:
-        """The step's new KV, and its copies of host blocks."""
-        landed = _of(turn, self._landing)
+    def store(self, moves: StepTransfers) -> None:
+        """Writes the step's new KV to the host, after the step's copies between host blocks."""
+        landed = _of(moves, self._landing)
         if self._landing is not self._staging:
-            landed.copy_(_of(turn, self._staging), non_blocking=True)
+            landed.copy_(_of(moves, self._staging), non_blocking=True)
             copied = TransferEvent(self._device)
             copied.record()
             copied.synchronize()
-        for source, target in turn.transfers.host_copies.tolist():
+        for source, target in moves.transfers.host_copies.tolist():
             copy_bytes(self._host_slots[target], self._host_slots[source])
-        self._host_rows[turn.host_blocks, :, :, :, turn.host_rows] = landed.view(
-            _INTEGERS[landed.dtype.itemsize]
-        ).numpy()
+        integers = landed.view(INTEGERS[landed.dtype.itemsize]).numpy()
+        self._host_rows[moves.host_blocks, :, :, :, moves.host_rows] = integers
 
-    def spoil(self, turn: StepTransfers) -> None:
-        """Flips the bits that were asked for, after the step was stored."""
+    def flip_bits(self, moves: StepTransfers) -> None:
+        """The faults of a step that was stored."""
         for kind, step_id, number in self._faults:
-            if (kind, step_id) == ("flipped", turn.step.step_id):
-                self._host_rows[turn.host_blocks[number], 0, KEY, 0, turn.host_rows[number], 0] ^= 1
+            if (kind, step_id) == ("flipped", moves.step.step_id):
+                self._host_rows[moves.host_blocks[number], 0, KEY, 0, moves.host_rows[number], 0] ^= 1
+
+
+def copy_bytes(target: Tensor, source: Tensor) -> None:
+    """uint8, contiguous, of one size. On a GPU queued on the current stream; on the CPU by the calling thread alone."""
+    if target.is_cuda or source.is_cuda:
+        target.copy_(source, non_blocking=True)
+    else:
+        np.copyto(target.numpy(), source.numpy())
+
+
+def copy_pieces(targets: Tensor, to: Int32Array, sources: Tensor, of: Int32Array) -> None:
+    """Piece of[i] of `sources` to place to[i] of `targets`, uint8 [N, bytes], pieces contiguous; see `copy_bytes`."""
+    assert to.max(initial=0) < len(targets) and of.max(initial=0) < len(sources), "a piece of nowhere"
+    kernel = None if targets.is_cuda or sources.is_cuda else _copy_kernel()
+    if kernel is None:
+        for target, source in zip(to.tolist(), of.tolist(), strict=True):
+            copy_bytes(targets[target], sources[source])
+        return
+    target_numbers, source_numbers = to.astype(np.int64), of.astype(np.int64)
+    kernel(
+        targets.data_ptr(),
+        target_numbers.ctypes.data,
+        targets.stride(0),
+        sources.data_ptr(),
+        source_numbers.ctypes.data,
+        sources.stride(0),
+        len(target_numbers),
+        targets.shape[1],
+    )
+
+
+@functools.cache
+def _copy_kernel() -> Callable[..., None] | None:
+    kernels = load_kernels()
+    if kernels is None:
+        return None
+    kernel = kernels.batchpipe_copy_pieces
+    kernel.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64]
+    kernel.restype = None
+    return kernel
 
 
 def _layer_slots(pool: KvPool) -> Tensor:
@@ -92,5 +134,5 @@ def _layer_slots(pool: KvPool) -> Tensor:
     return pool.data.flatten(2).view(torch.uint8)
 
 
-def _of(turn: StepTransfers, buffers: list[Tensor]) -> Tensor:
-    return buffers[turn.number % NUM_STAGING_BUFFERS][: len(turn.host_blocks)]
+def _of(moves: StepTransfers, buffers: list[Tensor]) -> Tensor:
+    return buffers[moves.number % NUM_STAGING_BUFFERS][: len(moves.host_blocks)]

@@ -1,37 +1,32 @@
-"""The link between the two tiers of KV: a thread a direction, which does what may begin, the most urgent first.
+"""The link between the two tiers of KV: a copy engine per direction, a thread that runs the most urgent transfer.
 
-    compute   ──set──▶ TransferEvent ──after──▶ CopyEngine (host to device) ──set──▶ TransferEvent ──wait──▶ compute
-                                       CopyEngine (device to host)
+    compute ──record──▶ TransferEvent ──after──▶ CopyEngine (host to device) ──record──▶ TransferEvent ──wait──▶ compute
+                                                 CopyEngine (device to host)
 
-On a GPU a lane has a stream of its own: marks are events there, and "set" means that the work before it is queued, so
-neither computing nor a lane stops for the other where the GPU can wait by itself. On the CPU the threads copy.
+On a GPU a copy engine has streams of its own and events are CUDA events. "Recorded" then means that the work before the
+event is queued, so neither computing nor a copy engine stops for the other if the GPU can wait by itself. On the CPU
+the threads copy, and "recorded" means done.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from operator import attrgetter
 from time import perf_counter, sleep
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
-
-from batchpipe.native.build import load_kernels
-from batchpipe.types import Int32Array
 
 _SECONDS_TO_END = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A transfer of step `step_id` that goes wrong, to see that it is found.
+    """A transfer of step `step_id` that goes wrong, to test that it is found.
 
-    flipped: after the step's `number`-th new token is stored, a bit of it on the host changes. wrong_source,
+    flipped: a bit of the step's `number`-th new token changes on the host after it is stored. wrong_source,
     wrong_target: the `number`-th load copies from, or to, the next block instead. late: it counts as done before it is,
     and is copied after the step.
     """
@@ -43,9 +38,9 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class EmulatedLink:
-    """For tests and measurements on a machine whose tiers are one memory: a link of a given speed; None: any.
+    """A link of a given speed, None for any, for tests and measurements on a machine whose tiers are one memory.
 
-    What it carries is copied last, when it may arrive: no earlier, as a link would.
+    Bytes are copied at the end of the time that they take, as they would arrive.
     """
 
     load_bytes_per_second: float | None = None
@@ -54,42 +49,42 @@ class EmulatedLink:
 
 
 class TransferEvent:
-    """A moment in what the device or the link does: others wait for it, and time is measured between two.
+    """A moment in the work of the device or the link: others wait for it, and time is measured between two.
 
-    "The current stream" is the calling thread's on the mark's device; on the CPU there is none, nor anything queued.
+    "The current stream" is the calling thread's on the event's device. On the CPU nothing is ever queued.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.is_set = False
+        self.is_recorded = False
         self._device = device
         self._seconds = 0.0
         on_gpu = device.type == "cuda"
         self._event: Any = torch.cuda.Event(enable_timing=True, blocking=True) if on_gpu else None
 
     def record(self) -> None:
-        """Puts the mark behind all work so far: on a GPU behind that of the current stream."""
+        """Puts the event behind all work so far: on a GPU behind that of the current stream."""
         if self._event is None:
             self._seconds = perf_counter()
         else:
             self._event.record(torch.cuda.current_stream(self._device))
-        self.is_set = True
+        self.is_recorded = True
 
-    def order(self) -> None:
-        """What the current stream does from now on comes after the mark, which must be set."""
+    def hold_stream(self) -> None:
+        """The current stream does its later work after the event, which must be recorded."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def synchronize(self) -> None:
-        """Sleeps until the GPU has come to the mark, which must be set."""
+        """Sleeps until the GPU has reached the event, which must be recorded."""
         if self._event is not None:
             self._event.synchronize()
 
     @property
     def is_reached(self) -> bool:
-        return self.is_set and (self._event is None or bool(self._event.query()))
+        return self.is_recorded and (self._event is None or bool(self._event.query()))
 
     def seconds_since(self, earlier: TransferEvent) -> float:
-        """Both reached."""
+        """Both events are reached."""
         if self._event is None:
             return self._seconds - earlier._seconds
         return float(earlier._event.elapsed_time(self._event)) / 1e3
@@ -97,10 +92,10 @@ class TransferEvent:
 
 @dataclass(slots=True)
 class Transfer:
-    """One piece of work of a lane, once all of `after` is set. `begun` and `done` are the lane's to set.
+    """Work for a copy engine, runnable once all events in `after` are recorded. The engine records `begun` and `done`.
 
-    urgency: of what may begin the smallest is first. patient: its lane waits for its end before it does the next, which
-    then is the most urgent at that time.
+    urgency: among runnable transfers the smallest runs first. patient: the thread waits for the end of the transfer and
+    then picks the most urgent; after others, which are only queued, it goes on at once.
     """
 
     work: Callable[[], None]
@@ -113,50 +108,51 @@ class Transfer:
 
 
 class CopyEngine:
-    """One direction of the link: a thread that sleeps until something may begin."""
+    """One direction of the link: a thread that sleeps until a transfer is runnable."""
 
     def __init__(self, link: Link, name: str, bytes_per_second: float | None) -> None:
         self._link = link
         self._bytes_per_second = bytes_per_second
         self._busy_until = 0.0
         self._woken = threading.Condition(link.lock)
-        self._awaited: set[TransferEvent] = set()  # of each that waits, the first mark that is not set
+        self._awaited: set[TransferEvent] = set()  # of each waiting transfer the first event that is not recorded
         self._waiting: list[Transfer] = []  # the most urgent first
         self._thread = threading.Thread(target=self._run, name=f"kv-{name}", daemon=True)
         self._thread.start()
 
     def put(self, transfers: Iterable[Transfer]) -> None:
-        """Of equal urgency those that were put first are first."""
+        """Transfers of equal urgency run in the order in which they were put."""
         with self._link.lock:
             self._waiting += transfers
             self._waiting.sort(key=attrgetter("urgency"))
             self._woken.notify()
 
-    def wake(self, mark: TransferEvent | None = None) -> None:
-        """For who holds the lock: the mark is set, or the link is closed."""
-        if mark is None or mark in self._awaited:
+    def wake(self, event: TransferEvent | None = None) -> None:
+        """Call with the lock held, after recording `event` or closing the link."""
+        if event is None or event in self._awaited:
             self._woken.notify()
 
-    def join(self) -> None:
+    def join(self) -> bool:
+        """False if the thread does not end."""
         self._thread.join(_SECONDS_TO_END)
-        assert not self._thread.is_alive(), "a copy thread does not end"
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             streams = {patient: self._link.new_stream() for patient in (True, False)}
             while (transfer := self._next()) is not None:
-                with torch.cuda.stream(streams[transfer.patient]):  # nothing on the CPU
+                with torch.cuda.stream(streams[transfer.patient]):  # does nothing on the CPU
                     self._do(transfer)
         except BaseException as error:  # raised again where the stage waits
             self._link.fail(error)
 
     def _next(self) -> Transfer | None:
-        """Sleeps until one may begin; None: the link is closed."""
+        """Sleeps until a transfer is runnable; None if the link is closed."""
         with self._link.lock:
             while not self._link.is_closed:
                 self._awaited.clear()
                 for index, transfer in enumerate(self._waiting):
-                    awaited = next((mark for mark in transfer.after if not mark.is_set), None)
+                    awaited = next((event for event in transfer.after if not event.is_recorded), None)
                     if awaited is None:
                         del self._waiting[index]
                         return transfer
@@ -166,20 +162,20 @@ class CopyEngine:
         return None
 
     def _do(self, transfer: Transfer) -> None:
-        for mark in transfer.after:
-            mark.order()
+        for event in transfer.after:
+            event.hold_stream()
         transfer.begun.record()
         if self._bytes_per_second is not None:
             self._busy_until += transfer.num_bytes / self._bytes_per_second
             sleep(max(0.0, self._busy_until - perf_counter()))
         transfer.work()
-        self._link.set(transfer.done)
+        self._link.record(transfer.done)
         if transfer.patient:
             transfer.done.synchronize()
 
 
 class Link:
-    """Both directions between one stage's device and its host memory. A failure of a lane is raised by `wait`."""
+    """Both directions between one stage's device and its host memory. `wait` raises what failed in a copy engine."""
 
     def __init__(self, device: torch.device, emulated: EmulatedLink | None) -> None:
         speeds = emulated or EmulatedLink()
@@ -190,26 +186,26 @@ class Link:
         self._failure: BaseException | None = None
         self.loads = CopyEngine(self, "loads", speeds.load_bytes_per_second)
         self.stores = CopyEngine(self, "stores", speeds.store_bytes_per_second)
-        self._lanes = (self.loads, self.stores)
+        self._engines = (self.loads, self.stores)
 
-    def mark(self) -> TransferEvent:
+    def new_event(self) -> TransferEvent:
         return TransferEvent(self.device)
 
-    def set(self, mark: TransferEvent) -> None:
-        """Puts the mark behind the work of the calling thread."""
+    def record(self, event: TransferEvent) -> None:
+        """Puts the event behind the work of the calling thread, and wakes what waits for it."""
         with self.lock:
-            mark.record()
+            event.record()
             self._changed.notify_all()
-            for lane in self._lanes:
-                lane.wake(mark)
+            for engine in self._engines:
+                engine.wake(event)
 
-    def wait(self, mark: TransferEvent) -> None:
-        """What the calling thread does from now on comes after the mark."""
+    def wait(self, event: TransferEvent) -> None:
+        """The calling thread does its later work after the event."""
         with self.lock:
-            self._changed.wait_for(lambda: mark.is_set or self._failure is not None)
+            self._changed.wait_for(lambda: event.is_recorded or self._failure is not None)
         if self._failure is not None:
             raise self._failure
-        mark.order()
+        event.hold_stream()
 
     def fail(self, error: BaseException) -> None:
         with self.lock:
@@ -223,43 +219,11 @@ class Link:
         torch.cuda.set_device(self.device)
         return torch.cuda.Stream(self.device)
 
-    def close(self) -> None:
-        """Ends the threads; what has not begun is not done."""
+    def close(self) -> bool:
+        """Ends the threads; a transfer that has not begun is dropped. False if a thread is stuck in its transfer."""
         with self.lock:
             self.is_closed = True
-            for lane in self._lanes:
-                lane.wake()
-        self.loads.join()
-        self.stores.join()
-
-
-def copy_bytes(target: Tensor, source: Tensor) -> None:
-    """uint8, contiguous, of one size. On a GPU queued on the current stream; on the CPU by the calling thread alone."""
-    if target.is_cuda or source.is_cuda:
-        target.copy_(source, non_blocking=True)
-    else:
-        np.copyto(target.numpy(), source.numpy())
-
-
-def copy_pieces(targets: Tensor, to: Int32Array, sources: Tensor, of: Int32Array) -> None:
-    """Piece of[i] of `sources` to place to[i] of `targets`, uint8 [N, bytes], pieces contiguous; see `copy_bytes`."""
-    assert to.max(initial=0) < len(targets) and of.max(initial=0) < len(sources), "a piece of nowhere"
-    kernels = None if targets.is_cuda or sources.is_cuda else load_kernels()
-    if kernels is None:
-        for target, source in zip(to.tolist(), of.tolist(), strict=True):
-            copy_bytes(targets[target], sources[source])
-        return
-    target_numbers, source_numbers = to.astype(np.int64), of.astype(np.int64)
-    copy = kernels.batchpipe_copy_pieces
-    copy.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64]
-    copy.restype = None
-    copy(
-        targets.data_ptr(),
-        target_numbers.ctypes.data,
-        targets.stride(0),
-        sources.data_ptr(),
-        source_numbers.ctypes.data,
-        sources.stride(0),
-        len(target_numbers),
-        targets.shape[1],
-    )
+            for engine in self._engines:
+                engine.wake()
+        ended = [engine.join() for engine in self._engines]
+        return all(ended)

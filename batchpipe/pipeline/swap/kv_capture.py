@@ -1,8 +1,9 @@
-"""An attention backend that hands on every layer's new KV before it computes, and tells when it has computed."""
+"""An attention backend that passes every layer's new KV on before it computes, and tells when it has computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from batchpipe.attention.base import AttentionBackend, AttentionInputs
 class KvCapture:
     """See `AttentionBackend`.
 
-    before: called with the layer and its new tokens' key and value [T, Hkv, D], after: with the layer.
+    before: called with the layer and its new tokens' key and value [T, Hkv, D]. after: called with the layer.
     """
 
     def __init__(
@@ -25,29 +26,9 @@ class KvCapture:
         self._after = after
 
     def forward(
-        self,
-        inputs: AttentionInputs,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
         self._before(layer, key, value)
-        attended = self._backend.forward(
-            inputs,
-            layer,
-            query,
-            key,
-            value,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+        attended = self._backend.forward(inputs, layer, query, key, value, **options)
         self._after(layer)
         return attended

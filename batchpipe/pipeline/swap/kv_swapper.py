@@ -1,19 +1,21 @@
-"""One stage's two tiers of KV: what a step brings from the host, and what it leaves there.
+"""One stage's two tiers of KV: what a step swaps in from the host, and what it writes back.
 
-Steps are announced in the order they will run, ahead of that where it can be. What step j brings may begin when step
-j - 2 has been computed, so it runs beside step j - 1; what it reads must have been written there by then.
+Steps are announced in the order in which they will run, as early as they are known. What step j swaps in may be copied
+once step j - 2 is computed, so it is copied beside step j - 1; what it reads on the host must be written by then.
 
-    compute     │ step j-2     │ step j-1                       │ step j: layer 0, layer 1, ...
-    from host                  │ loads of j, its streams' first │ layer l of the streams once l - 2 is attended
-    to host                    │ new KV of j-2                  │ new KV of j-1
+    compute    │ step j-2     │ step j-1                               │ step j: layer 0, layer 1, ...
+    from host                 │ whole blocks of j, first staged layers │ layer l of staged blocks once l - 2 is attended
+    to host                   │ new KV of j-2                          │ new KV of j-1
 
-Where nothing computes any more when step j is announced, its loads come layer by layer, too, beside its own computing.
-New KV is gathered in one of two staging buffers, by layer, as attention gets it, and spread over the host's blocks once
-the step is computed. The lane from the host does first what is wanted first: an earlier step's; streams before loads.
+If nothing is computed any more when step j is announced, its whole blocks come layer by layer, too, beside its own
+computing. New KV is gathered layer by layer in one of two staging buffers, as attention gets it, and spread over the
+host's blocks once the step is computed. From the host an earlier step's copies go first, and staged layers before whole
+blocks.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,7 +36,9 @@ from batchpipe.pipeline.swap.step_transfers import StepTransfers
 from batchpipe.pipeline.swap.verify import ONE_IN, Verifier
 from batchpipe.types import Int32Array, LinkUse, Step
 
-# Of loads at once: they give way to streams between two such pieces.
+logger = logging.getLogger(__name__)
+
+# The most that is loaded at once: staged layers go ahead of the next such piece.
 PIECE_BYTES = 4 << 20
 IntArray = NDArray[np.int64]
 
@@ -42,7 +46,18 @@ IntArray = NDArray[np.int64]
 class KvSwapper:
     """`announce` every step; then in the same order `begin`, the model with `backend`, `finish`. At the end `close`.
 
-    One thread may announce while another computes.
+    One thread may announce while another computes; two copy engines' threads run transfers. No lock is taken for what
+    they share, because every value has one writer or survives a late reader:
+
+    - `_last_writers` and `_num_announced` are the announcing thread's. `_num_computed` is the computing thread's; the
+      announcing one may read the number before the last, and then takes a step to be in flight that is not any more.
+    - `_moves` is filled by the announcing thread and emptied by the computing one, one entry at a time. The entry of
+      step j - 2 goes at the end of step j, so it is there when j is announced and when j begins. An older entry that
+      is looked for and gone has been stored: step j began only once j - 2 was.
+    - `_spans` gets entries from both threads and loses them to the computing one, from the other end.
+    - Copy engines see only the `StepTransfers` of their transfers, after the events that they wait for.
+
+    The single operations on the dictionary and the deque are atomic in CPython.
     """
 
     def __init__(
@@ -57,7 +72,7 @@ class KvSwapper:
         kv_verify: str,
         emulated: EmulatedLink | None,
     ) -> None:
-        assert STAGED_LAYERS * streams_per_block <= pool.num_layers, "more streams than a block has room for"
+        assert STAGED_LAYERS * streams_per_block <= pool.num_layers, "more staged blocks than a block has slots for"
         self.backend = KvCapture(backend, self._before_layer, self._after_layer)
         self._pool = pool
         self._host_pool = host_pool
@@ -66,119 +81,120 @@ class KvSwapper:
         one_in = ONE_IN[kv_verify]
         self._verifier = Verifier(stage_index, pool, host_pool.num_blocks, one_in) if one_in else None
         self._copies = BlockCopies(pool, host_pool, max_step_tokens, emulated.faults if emulated else ())
-        self._turns: dict[int, StepTransfers] = {}  # announced and not computed, and the last two that are
+        self._moves: dict[int, StepTransfers] = {}  # by step number: steps to be computed, and the two before them
         self._num_announced = 0
         self._num_computed = 0
-        self._last_writers = np.full(host_pool.num_blocks, -1, np.int64)  # by host block, the number of a turn
-        self._spans: deque[tuple[int, str, TransferEvent, TransferEvent]] = (
-            deque()
-        )  # number of a turn, field of LinkUse, from, until
+        self._last_writers = np.full(host_pool.num_blocks, -1, np.int64)  # by host block, the number of a step
+        # Number of a step, field of LinkUse, from, until.
+        self._spans: deque[tuple[int, str, TransferEvent, TransferEvent]] = deque()
         self._link = Link(pool.device, emulated)
 
     def announce(self, step: Step) -> None:
-        """Queues all that the step moves; it begins as soon as it may."""
-        is_alone = self._num_computed == self._num_announced
-        number, units = self._num_announced, self._streams_per_block
-        turn = StepTransfers.of(step, number, self._pool, units, self._link, is_alone=is_alone)
+        """Queues all that the step moves; each transfer begins as soon as it may."""
+        number = self._num_announced
+        is_alone = self._num_computed == number
+        moves = StepTransfers.of(step, number, self._pool, self._streams_per_block, self._link, is_alone=is_alone)
         self._num_announced += 1
-        transfers = turn.transfers
-        before = self._turns.get(turn.number - 2)
+        transfers = moves.transfers
+        before = self._moves.get(number - 2)
         after = [] if before is None else [before.computed]
         writers = self._last_writers[transfers.streams]
-        recent = writers >= turn.number - 1
-        streams = [
-            (part, after + self._stored(writers[part])) for part in (np.flatnonzero(~recent), np.flatnonzero(recent))
-        ]
+        recent = writers >= number - 1
+        parts = [(part, after + self._stored(writers[part])) for part in map(np.flatnonzero, (~recent, recent))]
         after_loads = after + self._stored(self._last_writers[transfers.loads[:, 0]])
-        self._last_writers[turn.host_blocks] = turn.number
-        self._last_writers[transfers.host_copies[:, 1]] = turn.number
-        self._turns[turn.number] = turn
-        streamed = self._streams(turn, [(part, marks) for part, marks in streams if len(part)])
-        self._link.loads.put([*streamed, *self._loads(turn, after_loads)])
-        self._link.stores.put([self._store_of(turn)])
+        self._last_writers[moves.host_blocks] = number
+        self._last_writers[transfers.host_copies[:, 1]] = number
+        self._moves[number] = moves
+        staged = self._staged_layers(moves, [(part, events) for part, events in parts if len(part)])
+        self._link.loads.put([*staged, *self._loads(moves, after_loads)])
+        self._link.stores.put([self._store_of(moves)])
 
     def begin(self, step: Step) -> Int32Array | None:
         """Waits until the step can be computed. Returns `AttentionInputs.staging_slots` if blocks of it are staged."""
-        turn = self._turns[self._num_computed]
-        assert turn.step is step, "a step runs out of turn"
-        staged_before = self._turns.get(turn.number - NUM_STAGING_BUFFERS)
-        loaded = [] if turn.loads_by_layer else turn.loaded
-        for mark in [*loaded, *([] if staged_before is None else [staged_before.stored])]:
-            self._wait(turn, mark)
+        moves = self._moves[self._num_computed]
+        assert moves.step is step, "a step runs out of turn"
+        staged_before = self._moves.get(moves.number - NUM_STAGING_BUFFERS)
+        loaded = [] if moves.loads_by_layer else moves.loaded
+        for event in [*loaded, *([] if staged_before is None else [staged_before.stored])]:
+            self._wait(moves, event)
         if self._verifier is not None:
-            self._verifier.begin(turn.transfers, loads_by_layer=turn.loads_by_layer)
-        if not len(turn.stream_slots):
+            self._verifier.begin(moves.transfers, loads_by_layer=moves.loads_by_layer)
+        if not len(moves.staging_slots):
             return None
         streams = step.block_tables - self._pool.num_blocks
-        return np.where(streams >= 0, turn.stream_slots[np.maximum(streams, 0)], np.int32(-1))
+        return np.where(streams >= 0, moves.staging_slots[np.maximum(streams, 0)], np.int32(-1))
 
     def finish(self) -> tuple[LinkUse, dict[int, str]]:
-        """After the model: lets go what was computed. What the link did for the step, and who met wrong KV.
+        """Call after the model ran. Returns (link use of this step, {sequence id: what is wrong with its KV}).
 
-        The times of stores, and on a GPU of all that it has not come to, count with the step that finishes next after.
+        The times of write-backs, and on a GPU of all that it has not reached, count with a later step.
         """
-        turn = self._turns[self._num_computed]
+        moves = self._moves[self._num_computed]
         if self._verifier is not None:
-            turn.checks = self._verifier.stage(self._copies.staged(turn), turn.host_blocks)
-            if self._verifier.looks_at_reads:
-                if (before := self._turns.get(turn.number - 1)) is not None:
+            moves.checks = self._verifier.stage(self._copies.staging_of(moves), moves.host_blocks)
+            if self._verifier.checks_reads:
+                if (before := self._moves.get(moves.number - 1)) is not None:
                     self._link.wait(before.stored)
-                self._verifier.look_at_reads(turn.step, turn.transfers)
-        self._link.set(turn.computed)
-        self._turns.pop(turn.number - NUM_STAGING_BUFFERS, None)
+                self._verifier.check_reads(moves.step, moves.transfers)
+        self._link.record(moves.computed)
+        self._moves.pop(moves.number - NUM_STAGING_BUFFERS, None)
         self._num_computed += 1
-        corrupt = {} if self._verifier is None else self._verifier.corrupt(turn.step, turn.transfers, turn.stream_units)
-        return self._use(turn), corrupt
+        corrupt = {} if self._verifier is None else self._verifier.corrupt(moves)
+        return self._use(moves), corrupt
 
     def close(self) -> None:
-        """Ends the threads; what is under way is given up."""
-        self._link.close()
-        if self._pool.device.type == "cuda":
+        """Ends the threads; transfers that have not begun are dropped."""
+        if not self._link.close():
+            # Its memory must stay as it is. An error here would hide the one that led here.
+            logger.error("a copy thread does not end; the host memory for KV stays pinned")
+        elif self._pool.device.type == "cuda":
             torch.cuda.synchronize(self._pool.device)
             self._host_pool.unpin()
 
-    # -- by the computing thread -----------------------------------------------------------------------------------
+    # -- by the announcing thread ----------------------------------------------------------------------------------
 
     def _stored(self, writers: NDArray[np.int64]) -> list[TransferEvent]:
-        """When all that these turns wrote is on the host: the last one's is stored last, and older ones' has been."""
-        writer = self._turns.get(int(writers.max(initial=-1)))
+        """After this all that these steps wrote is on the host: the last one's is stored last."""
+        writer = self._moves.get(int(writers.max(initial=-1)))
         return [] if writer is None else [writer.stored]
 
-    def _streams(self, turn: StepTransfers, parts: list[tuple[IntArray, list[TransferEvent]]]) -> Iterator[Transfer]:
-        """parts: indices of streamed blocks, and what their first layers wait for; the last part's waits for most.
+    def _staged_layers(
+        self, moves: StepTransfers, parts: list[tuple[IntArray, list[TransferEvent]]]
+    ) -> Iterator[Transfer]:
+        """parts: indices of staged blocks, and the events that their first layers wait for; the last waits longest.
 
         Most blocks are as the step before found them, so their first layers need not wait for its end.
         """
-        everything = np.arange(len(turn.stream_slots))
-        for layer, arrived in enumerate(turn.arrived):
-            todo = parts if layer < 2 else [(everything, [turn.attended[layer - 2]])]
+        everything = np.arange(len(moves.staging_slots))
+        for layer, arrived in enumerate(moves.arrived):
+            todo = parts if layer < 2 else [(everything, [moves.attended[layer - 2]])]
             for number, (part, after) in enumerate(todo, 1):
-                work = partial(self._copies.stream, turn, layer, part)
-                done = arrived if number == len(todo) else self._link.mark()
-                yield self._load_of(turn, work, len(part) * self._layer_bytes, after, done, patient=False)
+                work = partial(self._copies.load_staged_layer, moves, layer, part)
+                done = arrived if number == len(todo) else self._link.new_event()
+                yield self._load_of(moves, work, len(part) * self._layer_bytes, after, done, patient=False)
 
-    def _loads(self, turn: StepTransfers, after: list[TransferEvent]) -> Iterator[Transfer]:
-        loads, late = self._copies.loads_of(turn)
+    def _loads(self, moves: StepTransfers, after: list[TransferEvent]) -> Iterator[Transfer]:
+        loads, late = self._copies.loads_of(moves)
         block_bytes = self._pool.bytes_per_block
-        if turn.loads_by_layer:
+        if moves.loads_by_layer:
             for layer in range(self._pool.num_layers):
-                turn.loaded.append(self._link.mark())
+                moves.loaded.append(self._link.new_event())
                 work = partial(self._copies.load_layer, loads, layer)
-                yield self._load_of(turn, work, len(loads) * self._layer_bytes, after, turn.loaded[-1])
+                yield self._load_of(moves, work, len(loads) * self._layer_bytes, after, moves.loaded[-1])
         else:
             num_blocks = max(1, PIECE_BYTES // block_bytes)
             for first in range(0, len(loads), num_blocks):
-                turn.loaded.append(self._link.mark())
+                moves.loaded.append(self._link.new_event())
                 part = loads[first : first + num_blocks]
                 work = partial(self._copies.load, part)
-                yield self._load_of(turn, work, len(part) * block_bytes, after, turn.loaded[-1])
+                yield self._load_of(moves, work, len(part) * block_bytes, after, moves.loaded[-1])
         if len(late):
-            work, done = partial(self._copies.load, late), self._link.mark()
-            yield self._load_of(turn, work, len(late) * block_bytes, [turn.computed], done)
+            work, done = partial(self._copies.load, late), self._link.new_event()
+            yield self._load_of(moves, work, len(late) * block_bytes, [moves.computed], done)
 
     def _load_of(
         self,
-        turn: StepTransfers,
+        moves: StepTransfers,
         work: Callable[[], None],
         num_bytes: int,
         after: list[TransferEvent],
@@ -186,58 +202,60 @@ class KvSwapper:
         *,
         patient: bool = True,
     ) -> Transfer:
-        begun = self._link.mark()
-        self._spans.append((turn.number, "load_seconds", begun, done))
-        return Transfer(work, num_bytes, after, begun, done, (turn.number, int(patient)), patient)
+        begun = self._link.new_event()
+        self._spans.append((moves.number, "load_seconds", begun, done))
+        return Transfer(work, num_bytes, after, begun, done, (moves.number, int(patient)), patient)
 
-    def _store_of(self, turn: StepTransfers) -> Transfer:
-        begun = self._link.mark()
-        self._spans.append((turn.number, "store_seconds", begun, turn.stored))
-        work = partial(self._store, turn)
-        return Transfer(work, turn.stored_bytes, [turn.computed], begun, turn.stored, (turn.number,))
+    def _store_of(self, moves: StepTransfers) -> Transfer:
+        begun = self._link.new_event()
+        self._spans.append((moves.number, "store_seconds", begun, moves.stored))
+        work = partial(self._store, moves)
+        return Transfer(work, moves.stored_bytes, [moves.computed], begun, moves.stored, (moves.number,))
+
+    # -- by the computing thread -----------------------------------------------------------------------------------
 
     def _before_layer(self, layer: int, key: Tensor, value: Tensor) -> None:
-        turn = self._turns[self._num_computed]
-        marks = [turn.arrived[layer]] if turn.arrived else []
-        if turn.loads_by_layer:
-            marks.append(turn.loaded[layer])
-        for mark in marks:
-            self._wait(turn, mark)
-        if self._verifier is not None and marks:
-            self._verifier.look_at_layer(layer, turn.transfers, turn.stream_slots)
-        staged = self._copies.staged(turn)
-        staged[:, layer, KEY] = key
-        staged[:, layer, VALUE] = value
+        moves = self._moves[self._num_computed]
+        events = [moves.arrived[layer]] if moves.arrived else []
+        if moves.loads_by_layer:
+            events.append(moves.loaded[layer])
+        for event in events:
+            self._wait(moves, event)
+        if self._verifier is not None and events:
+            self._verifier.check_layer(layer, moves)
+        staging = self._copies.staging_of(moves)
+        staging[:, layer, KEY] = key
+        staging[:, layer, VALUE] = value
 
     def _after_layer(self, layer: int) -> None:
-        turn = self._turns[self._num_computed]
-        if turn.attended:
-            self._link.set(turn.attended[layer])
+        moves = self._moves[self._num_computed]
+        if moves.attended:
+            self._link.record(moves.attended[layer])
 
-    def _wait(self, turn: StepTransfers, mark: TransferEvent) -> None:
-        if mark.is_reached:  # no stall, be it as short as looking takes
+    def _wait(self, moves: StepTransfers, event: TransferEvent) -> None:
+        if event.is_reached:  # no stall: the time that looking takes would add up over the layers
             return
-        begun, ended = self._link.mark(), self._link.mark()
+        begun, ended = self._link.new_event(), self._link.new_event()
         begun.record()
-        self._link.wait(mark)
+        self._link.wait(event)
         ended.record()
-        self._spans.append((turn.number, "stall_seconds", begun, ended))
+        self._spans.append((moves.number, "stall_seconds", begun, ended))
 
-    def _use(self, turn: StepTransfers) -> LinkUse:
+    def _use(self, moves: StepTransfers) -> LinkUse:
         seconds = dict.fromkeys(("stall_seconds", "load_seconds", "store_seconds"), 0.0)
         for _ in range(len(self._spans)):
             number, name, begun, ended = self._spans.popleft()
-            if number <= turn.number and ended.is_reached:
+            if number <= moves.number and ended.is_reached:
                 seconds[name] += ended.seconds_since(begun)
             else:
                 self._spans.append((number, name, begun, ended))
-        return LinkUse(loaded_bytes=turn.loaded_bytes, stored_bytes=turn.stored_bytes, **seconds)
+        return LinkUse(loaded_bytes=moves.loaded_bytes, stored_bytes=moves.stored_bytes, **seconds)
 
-    # -- by a thread of the link -----------------------------------------------------------------------------------
+    # -- by a copy engine's thread ---------------------------------------------------------------------------------
 
-    def _store(self, turn: StepTransfers) -> None:
-        self._copies.store(turn)
+    def _store(self, moves: StepTransfers) -> None:
+        self._copies.store(moves)
         if self._verifier is not None:
-            assert turn.checks is not None
-            self._verifier.keep(turn.host_blocks, turn.host_rows, turn.checks, turn.transfers.host_copies)
-        self._copies.spoil(turn)
+            assert moves.checks is not None
+            self._verifier.keep(moves.host_blocks, moves.host_rows, moves.checks, moves.transfers.host_copies)
+        self._copies.flip_bits(moves)

@@ -1,4 +1,4 @@
-"""One step on its way through one stage's two tiers of KV: what it moves, and the moments others wait for."""
+"""One step's passage through one stage's two tiers of KV: what it moves, and the events that order the moves."""
 
 from __future__ import annotations
 
@@ -14,55 +14,56 @@ from batchpipe.types import Int32Array, Step, Transfers
 
 @dataclass(slots=True, kw_only=True)
 class StepTransfers:
-    """The `number`-th step. L layers, V streamed blocks, T new tokens."""
+    """The step that is the `number`-th on this stage. L layers, V staged blocks, T new tokens."""
 
     number: int
     step: Step
     transfers: Transfers
-    stream_units: Int32Array  # [V]: the device block of each streamed block
-    stream_slots: Int32Array  # [V]: the layer slot that its even layers pass through
-    loads_by_layer: bool  # nothing computes beside the step's loads, so they come beside its own layers
+    staging_blocks: Int32Array  # [V]: the device block that each staged block passes through
+    staging_slots: Int32Array  # [V]: the layer slot of its even layers, see `AttentionInputs`
+    loads_by_layer: bool  # nothing computes beside the step's loads, so they are copied beside its own layers
     host_blocks: Int32Array  # [T]: where each new token's KV goes
     host_rows: Int32Array  # [T]
-    loaded_bytes: int  # and streamed
+    loaded_bytes: int  # staged blocks included
     stored_bytes: int
-    loaded: list[TransferEvent]  # of loads by layer [L]: a layer of them is on the device
-    arrived: list[TransferEvent]  # [L], [0] where V is 0: a layer of the streams is on the device
-    attended: list[TransferEvent]  # as long: it may be overwritten
+    loaded: list[TransferEvent]  # a piece of the loads is on the device; [L] if loads are by layer
+    arrived: list[TransferEvent]  # [L], none if V is 0: a layer of the staged blocks is on the device
+    attended: list[TransferEvent]  # one for each of `arrived`: the layer is computed, its slots may be overwritten
     computed: TransferEvent
     stored: TransferEvent
-    checks: Tensor | None = None  # int64, of those new tokens that are looked at
+    checks: Tensor | None = None  # int64, checksums of the new tokens that are verified
 
     @classmethod
     def of(
         cls, step: Step, number: int, pool: KvPool, streams_per_block: int, link: Link, *, is_alone: bool
     ) -> StepTransfers:
+        """is_alone: no step is computed beside this one's transfers."""
         transfers = step.transfers
         assert transfers is not None, "a step without transfers where there are two tiers"
-        num_streams = len(transfers.streams)
-        assert num_streams <= len(transfers.stream_units) * streams_per_block, "more streams than units for them"
-        unit_indices, pairs = np.divmod(np.arange(num_streams, dtype=np.int32), np.int32(max(1, streams_per_block)))
-        units = transfers.stream_units[unit_indices]
+        num_staged = len(transfers.streams)
+        assert num_staged <= len(transfers.stream_units) * streams_per_block, "more staged blocks than slots for them"
+        indices, pairs = np.divmod(np.arange(num_staged, dtype=np.int32), np.int32(max(1, streams_per_block)))
+        staging_blocks = transfers.stream_units[indices]
         sequences = np.repeat(np.arange(len(step.query_lengths)), step.query_lengths)
         first_rows = np.cumsum(step.query_lengths) - step.query_lengths
         positions = np.arange(len(sequences)) + (step.context_lengths - first_rows)[sequences]
-        # What the step copies before its first layer must be there whole.
+        # A block that the step copies before its first layer must be there as a whole.
         is_copied = np.isin(transfers.loads[:, 1], step.copied_blocks[:, 0])
-        layers_that_wait = range(pool.num_layers if num_streams else 0)
+        staged_layers = range(pool.num_layers if num_staged else 0)
         return cls(
             number=number,
             step=step,
             transfers=transfers,
-            stream_units=units,
-            stream_slots=units * pool.num_layers + 2 * pairs,
+            staging_blocks=staging_blocks,
+            staging_slots=staging_blocks * pool.num_layers + 2 * pairs,
             loads_by_layer=is_alone and len(is_copied) > 0 and not is_copied.any(),
             host_blocks=transfers.host_tables[sequences, positions // pool.block_tokens],
             host_rows=(positions % pool.block_tokens).astype(np.int32),
-            loaded_bytes=(len(transfers.loads) + num_streams) * pool.bytes_per_block,
+            loaded_bytes=(len(transfers.loads) + num_staged) * pool.bytes_per_block,
             stored_bytes=len(positions) * pool.bytes_per_block // pool.block_tokens,
             loaded=[],
-            arrived=[link.mark() for _ in layers_that_wait],
-            attended=[link.mark() for _ in layers_that_wait],
-            computed=link.mark(),
-            stored=link.mark(),
+            arrived=[link.new_event() for _ in staged_layers],
+            attended=[link.new_event() for _ in staged_layers],
+            computed=link.new_event(),
+            stored=link.new_event(),
         )

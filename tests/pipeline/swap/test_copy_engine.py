@@ -1,4 +1,4 @@
-"""The lanes between two tiers: order, waiting, emulated speed, failures."""
+"""The copy engines between two tiers: order, waiting, emulated speed, failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from batchpipe.pipeline.swap.copy_engine import CopyEngine, EmulatedLink, Link, Transfer, TransferEvent, copy_bytes
+from batchpipe.pipeline.swap.block_copies import copy_bytes
+from batchpipe.pipeline.swap.copy_engine import CopyEngine, EmulatedLink, Link, Transfer, TransferEvent
 
 CPU = torch.device("cpu")
 
@@ -24,17 +25,17 @@ def a_link(emulated: EmulatedLink | None = None) -> Iterator[Link]:
 
 
 def put(
-    link: Link, lane: CopyEngine, done: list[str], name: str, urgency: int, *after: TransferEvent, num_bytes: int = 0
+    link: Link, engine: CopyEngine, done: list[str], name: str, urgency: int, *after: TransferEvent, num_bytes: int = 0
 ) -> Transfer:
-    transfer = Transfer(lambda: done.append(name), num_bytes, after, link.mark(), link.mark(), (urgency,))
-    lane.put([transfer])
+    transfer = Transfer(lambda: done.append(name), num_bytes, after, link.new_event(), link.new_event(), (urgency,))
+    engine.put([transfer])
     return transfer
 
 
 def test_of_what_may_begin_the_most_urgent_is_first() -> None:
     done: list[str] = []
     with a_link() as link:
-        opened, later = link.mark(), link.mark()
+        opened, later = link.new_event(), link.new_event()
         put(link, link.loads, done, "third", 3, opened)
         first = put(link, link.loads, done, "first", 2, opened)
         put(link, link.loads, done, "second", 2, opened)
@@ -42,10 +43,10 @@ def test_of_what_may_begin_the_most_urgent_is_first() -> None:
         free = put(link, link.loads, done, "free", 9)
         link.wait(free.done)
         assert done == ["free"]
-        link.set(opened)
+        link.record(opened)
         after = put(link, link.loads, done, "fourth", 4, first.done)
         link.wait(after.done)
-        link.set(later)
+        link.record(later)
         link.wait(last.done)
     assert done == ["free", "first", "second", "third", "fourth", "last, though urgent"]
 
@@ -53,19 +54,19 @@ def test_of_what_may_begin_the_most_urgent_is_first() -> None:
 def test_the_directions_do_not_wait_for_each_other() -> None:
     done: list[str] = []
     with a_link() as link:
-        held = link.mark()
-        blocked = Transfer(lambda: link.wait(held), 0, (), link.mark(), link.mark(), (0,))
+        held = link.new_event()
+        blocked = Transfer(lambda: link.wait(held), 0, (), link.new_event(), link.new_event(), (0,))
         link.stores.put([blocked])
         link.wait(put(link, link.loads, done, "load", 0).done)
-        assert done == ["load"] and not blocked.done.is_set
-        link.set(held)
+        assert done == ["load"] and not blocked.done.is_recorded
+        link.record(held)
         link.wait(blocked.done)
 
 
 def test_an_emulated_link_takes_its_time_for_all_it_carries_and_each_direction_has_its_own() -> None:
     done: list[str] = []
     with a_link(EmulatedLink(load_bytes_per_second=1e6)) as link:
-        start = link.mark()
+        start = link.new_event()
         start.record()
         transfers = [put(link, link.loads, done, str(i), i, num_bytes=5000) for i in range(4)]
         store = put(link, link.stores, done, "store", 0, num_bytes=1 << 40)
@@ -80,15 +81,15 @@ def test_an_emulated_link_takes_its_time_for_all_it_carries_and_each_direction_h
 def test_a_failure_reaches_who_waits_and_closing_ends_the_threads() -> None:
     before = threading.active_count()
     with a_link() as link:
-        never = link.mark()
+        never = link.new_event()
 
         def fail() -> None:
             raise RuntimeError("no such block")
 
-        link.loads.put([Transfer(fail, 0, (), link.mark(), link.mark(), (0,))])
+        link.loads.put([Transfer(fail, 0, (), link.new_event(), link.new_event(), (0,))])
         with pytest.raises(RuntimeError, match="no such block"):
             link.wait(never)
-        link.stores.put([Transfer(fail, 0, (never,), link.mark(), link.mark(), (0,))])  # is never begun
+        link.stores.put([Transfer(fail, 0, (never,), link.new_event(), link.new_event(), (0,))])  # is never begun
     assert threading.active_count() == before
 
 
