@@ -1,4 +1,4 @@
-"""The port between deciding and doing: a pipeline takes `Step`s and gives `StepResult`s, in the same order."""
+"""The port between the scheduler and execution: a pipeline takes `Step`s and returns `StepResult`s in order."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from batchpipe.types import Capacity, Step, StepResult
 class Pipeline(AbstractContextManager["Pipeline"], Protocol):
     """S stages of one model copy. At most `capacity.max_in_flight` steps are in flight.
 
-    A step's sequences may draw their next token only after the step before it was collected; prefill chunks of one
-    sequence may follow each other at once. Leaving the context ends every process and frees all memory.
+    The next token of a sequence can be computed only after the step that sampled the token before it was collected;
+    prefill chunks of one sequence may follow each other at once. Leaving the context ends every process and frees all
+    memory.
     """
 
     @property
@@ -21,11 +22,11 @@ class Pipeline(AbstractContextManager["Pipeline"], Protocol):
 
     @property
     def device_names(self) -> tuple[str, ...]:
-        """What the stages run on, one name a stage."""
+        """One name per stage, of its GPU or processor."""
         ...
 
     def submit(self, step: Step) -> None:
-        """Hands a step over without waiting for it."""
+        """Hands a step over and returns at once. Raises WorkerError if a stage is gone."""
 
     def collect(self) -> StepResult:
         """The result of the oldest step in flight; waits for it. Raises WorkerError if a stage is gone."""
@@ -42,4 +43,4 @@ class Pipeline(AbstractContextManager["Pipeline"], Protocol):
         ...
 
     def restart(self) -> None:
-        """Starts over with empty KV after a WorkerError; steps in flight are lost."""
+        """Starts again with empty KV after a WorkerError; steps in flight are lost."""

@@ -1,8 +1,9 @@
-"""How hidden states get from one stage's process to the next.
+"""The way of hidden states from one stage's process to the next.
 
-The receiver knows from the step it was given how many tokens will come, so nothing but the payload travels
-(structure-aware transmission, SiPipe 2506.22033). On the CPU that is a ring of slots in memory both processes map,
-with a socket as doorbell; between GPUs, or where asked for, point-to-point operations of torch.distributed.
+The receiver knows the number of tokens from its own copy of the step, so nothing but the payload travels
+(structure-aware transmission, SiPipe, arXiv 2506.22033). On the CPU the payload stands in a ring of slots in memory
+that both processes map, and a socket is the doorbell. Between GPUs, and where gloo is asked for, it is sent by
+torch.distributed; a peer that does not answer is ended by the controller's limit on a step.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _BELL = b"\x01"
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """The largest hidden state that can come: [max_tokens, hidden_size] of `dtype`."""
+    """The largest hidden states of a step: [max_tokens, hidden_size] of `dtype`."""
 
     max_tokens: int
     hidden_size: int
@@ -37,7 +38,7 @@ class Payload:
 
 
 class Channel(Protocol):
-    """One direction between two neighbours. Both ends raise `Closed` where the other one is gone."""
+    """One direction between two neighbours. Both ends raise `Closed` if the other one is gone."""
 
     def send(self, hidden: Tensor) -> None: ...
 
@@ -45,11 +46,11 @@ class Channel(Protocol):
         """[num_tokens, hidden_size]; valid until `release`."""
 
     def release(self) -> None:
-        """The receiver is done with what `receive` gave."""
+        """The receiver does not read what `receive` returned any more."""
 
 
 class SharedMemoryChannel:
-    """A ring of `NUM_SLOTS` slots; each end counts on its own, a byte on the socket says full, or free again.
+    """A ring of `NUM_SLOTS` slots. Each end counts for itself; a byte on the socket says "filled", or back "free".
 
     The memory has no name (memfd), so nothing is left behind and the size of /dev/shm does not matter.
     """
@@ -65,7 +66,7 @@ class SharedMemoryChannel:
 
     @staticmethod
     def make_memory(payload: Payload) -> int:
-        """A file descriptor of anonymous memory of the right size, to be inherited by both ends."""
+        """A file descriptor of anonymous memory of the right size, for both ends to inherit."""
         memory_fd = os.memfd_create("batchpipe-channel")
         os.truncate(memory_fd, NUM_SLOTS * payload.nbytes)
         return memory_fd
@@ -123,4 +124,4 @@ class DistributedChannel:
         return hidden
 
     def release(self) -> None:
-        """The next receive comes after this step's work on the same stream, so the buffer is free by then."""
+        """Does nothing: the next receive is queued on the same stream, behind the kernels that read the buffer."""

@@ -1,9 +1,9 @@
-"""A pipeline without a model: exact about blocks, free of arithmetic.
+"""A pipeline without a model that keeps blocks exactly, for tests of the scheduler and of whole jobs.
 
-Its "KV" is one number a token, mixed from the token and its position and kept in the blocks the step names. The next
-token is a function of all the numbers of the context, read back through the block table: a wrong table, an early free
-or two sequences mixed up change the text, as they would with a model. With two tiers it moves KV as early as a stage
-may: what a step loads comes before the step ahead of it computes, if that is still to be done.
+Its "KV" is one number per token, mixed from the token and its position and kept in the blocks that the step names. The
+next token is a function of all the numbers of the context, read back through the block table. So a wrong table, a block
+freed too early or two sequences mixed up change the text, as they would with a model. With two tiers it moves KV as
+early as a stage may: the loads of the next step are copied before a step is computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchpipe.types import Capacity, Int32Array, LinkUse, SamplingParams, Step, StepResult, Transfers
+from batchpipe.types import Capacity, Int32Array, LinkUse, Step, StepResult, Transfers
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -28,7 +28,7 @@ def fake_kv(token_ids: Int32Array, positions: NDArray[np.integer[Any]]) -> NDArr
 
 
 class FakePipeline:
-    """`eos_every`: about one token in so many is the end token."""
+    """See `Pipeline`. About one token in `eos_every` is the end token."""
 
     def __init__(self, capacity: Capacity, vocabulary_size: int, eos_token_id: int, eos_every: int = 8) -> None:
         self.capacity = capacity
@@ -37,7 +37,7 @@ class FakePipeline:
         self._eos_token_id = eos_token_id
         self._eos_every = eos_every
         self._in_flight: deque[Step] = deque()
-        self._sampling: dict[int, SamplingParams] = {}
+        self._started: set[int] = set()
         self._kv = np.zeros((capacity.num_blocks, capacity.block_tokens), dtype=np.uint64)
         self._host_kv = np.zeros((capacity.num_host_blocks, capacity.block_tokens), dtype=np.uint64)
 
@@ -59,17 +59,16 @@ class FakePipeline:
 
     def restart(self) -> None:
         self._in_flight.clear()
-        self._sampling.clear()
+        self._started.clear()
         self._kv[:] = 0
         self._host_kv[:] = 0
 
     def collect(self) -> StepResult:
         step = self._in_flight.popleft()
-        for sequence_id in step.released:
-            del self._sampling[sequence_id]
-        for start in step.started:
-            self._sampling[start.sequence_id] = start.sampling
-        assert all(sequence_id in self._sampling for sequence_id in step.sequence_ids), "a step names a stranger"
+        assert self._started.issuperset(step.released), "an unknown sequence is released"
+        self._started.difference_update(step.released)
+        self._started.update(start.sequence_id for start in step.started)
+        assert self._started.issuperset(step.sequence_ids), "an unknown sequence in a step"
         if step.transfers is not None:
             self._load(step.transfers)
         if self._in_flight and (following := self._in_flight[0].transfers) is not None:
@@ -83,12 +82,12 @@ class FakePipeline:
         self._kv[transfers.loads[:, 1]] = self._host_kv[transfers.loads[:, 0]]
 
     def _load_early(self, step: Step, following: Transfers) -> None:
-        """Of what the following step moves, all but the blocks that this step writes on the host first."""
+        """What the following step loads, but for the blocks that this step writes on the host first."""
         assert step.transfers is not None
         written = self._new_rows(step, step.transfers.host_tables)[0]
         early = ~np.isin(following.loads[:, 0], written)
         self._kv[following.loads[early, 1]] = self._host_kv[following.loads[early, 0]]
-        self._kv[following.stream_units] = _MIX  # layers of something else pass through
+        self._kv[following.stream_units] = _MIX  # layers of other blocks pass through
 
     def _write(self, step: Step) -> None:
         self._kv[step.copied_blocks[:, 1]] = self._kv[step.copied_blocks[:, 0]]
@@ -104,7 +103,7 @@ class FakePipeline:
             self._kv[step.transfers.stream_units] = _MIX
 
     def _new_rows(self, step: Step, tables: Int32Array) -> tuple[Int32Array, Int32Array, NDArray[np.integer[Any]]]:
-        """For each of the step's tokens: its block by these tables, its row in there, its position."""
+        """Of each of the step's new tokens: its block by these tables, its row in the block, its position."""
         block_tokens = self.capacity.block_tokens
         sequences = np.repeat(np.arange(len(step.sequence_ids)), step.query_lengths)
         firsts = np.cumsum(step.query_lengths) - step.query_lengths

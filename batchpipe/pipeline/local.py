@@ -1,4 +1,4 @@
-"""All stages in this process, one after the other: the pipeline of one device, and the yardstick for the others."""
+"""All stages in this process, one after the other: the pipeline of one device, and the reference for the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchpipe.types import Capacity, Step, StepResult
 
 
 class LocalPipeline:
-    """`capacity_of` turns what the loaded stages report into the capacity to offer."""
+    """See `Pipeline`. `capacity_of` turns what the loaded stages report into the capacity to offer."""
 
     def __init__(self, specs: Sequence[StageSpec], capacity_of: Callable[[Sequence[StageMemory]], Capacity]) -> None:
         self._stages = [Stage(spec) for spec in specs]

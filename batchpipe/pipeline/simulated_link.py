@@ -1,10 +1,12 @@
-"""One stage's two tiers on a virtual clock: its computing, and its link with a lane in each direction.
+"""One stage's two tiers on a virtual clock: its computing, and a copy engine in each direction of its link.
 
-Steps come in their order, each with what it moves (`types.Transfers`). Its loads begin once it was submitted and the
-step before the previous one is computed; its first two layers of streamed blocks like loads, each further layer once
-the layer two before it is computed; its new tokens' rows go to the host after it. It computes once its loads are there,
-a layer once the layer's streams are, and once one of the two staging buffers for rows is free. Where nothing computes
-any more when a step is submitted, its loads come layer by layer, too.
+Steps come in order, each with what it moves (`types.Transfers`). A step computes once its loads have arrived and one of
+the two staging buffers for new KV is free, and each layer once its staged blocks have arrived.
+
+- Loads begin once the step is submitted and the step before the previous one is computed.
+- The first two layers of staged blocks begin like loads, each further layer once the layer two before it is computed.
+- New KV goes to the host after the step.
+- If nothing computes any more when a step is submitted, its loads come layer by layer, too.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Host blocks that a step loads [L], streams [V] and writes [W], the same on every stage, and its new rows."""
+    """Host blocks that a step loads [L], stages [V] and writes [W], the same on every stage, and its new tokens."""
 
     loads: Int32Array
     streams: Int32Array
     written: Int32Array
-    num_rows: int
+    num_new_tokens: int
 
     @classmethod
     def of(cls, step: Step, block_tokens: int) -> Moved:
         transfers = step.transfers
-        assert transfers is not None, "a step between two tiers that does not say what moves"
+        assert transfers is not None, "a step without transfers where there are two tiers"
         columns = np.arange(transfers.host_tables.shape[1])
         first = step.context_lengths // block_tokens
         last = (step.context_lengths + step.query_lengths - 1) // block_tokens
@@ -42,12 +44,12 @@ class Moved:
 
 
 class LinkClock:
-    """A stage. Times are seconds of the virtual clock."""
+    """One stage's link and computing. Times are seconds of the virtual clock."""
 
     def __init__(self, link: KvLink, block_tokens: int, num_host_blocks: int) -> None:
         self._link = link
         self._block_bytes = link.block_bytes(block_tokens)
-        self._loads = Lane()
+        self._loads = CopyEngineClock()
         self._computed = (0.0, 0.0)  # ends of the last two steps, the earlier one first
         self._stored = (0.0, 0.0)
         self._on_host = np.zeros(num_host_blocks)  # by host block, when its latest rows are there
@@ -57,7 +59,7 @@ class LinkClock:
     ) -> tuple[float, LinkUse]:
         """The end of a step's computing, which could start at `due` if no KV had to be waited for, and its link use.
 
-        link_share: what the link carries of its rate.
+        link_share: the part of its rate that the link carries.
         """
         load_rate = link_share * self._link.load_bytes_per_second
         loads, streams = (len(blocks) * self._block_bytes for blocks in (moved.loads, moved.streams))
@@ -69,7 +71,7 @@ class LinkClock:
             start = max(start, self._loads.carry(opens, loads / load_rate))
         waited = self._wait_by_layer(opens, start, work_seconds, streams / load_rate, by_layer / load_rate)
         end = start + work_seconds + waited
-        stored_bytes = moved.num_rows * self._link.kv_bytes_per_token
+        stored_bytes = moved.num_new_tokens * self._link.kv_bytes_per_token
         store_seconds = stored_bytes / (link_share * self._link.store_bytes_per_second)
         self._stored = (self._stored[1], max(self._stored[1], end) + store_seconds)
         self._on_host[moved.written] = self._stored[1]
@@ -87,7 +89,7 @@ class LinkClock:
     def _wait_by_layer(
         self, opens: float, start: float, work_seconds: float, stream_seconds: float, load_seconds: float
     ) -> float:
-        """How long computing waits, layer by layer, for the layer's part of streams and loads."""
+        """Seconds that computing waits, layer by layer, for the layer's part of staged blocks and loads."""
         num_layers = self._link.num_layers
         waited = 0.0
         two_before, before = opens, opens  # when the layers' slots are free
@@ -102,14 +104,14 @@ class LinkClock:
         return waited
 
 
-class Lane:
-    """One direction of a link: what was promised first goes first, what comes later fills the gaps."""
+class CopyEngineClock:
+    """One direction of a link: transfers run in the order in which they are announced, later ones fill the gaps."""
 
     def __init__(self) -> None:
         self._taken: list[tuple[float, float]] = []  # from, until; in order, apart
 
     def carry(self, opens: float, seconds: float) -> float:
-        """When a transfer that may begin at `opens` and takes so long is done."""
+        """The end of a transfer that may begin at `opens` and keeps the engine for `seconds`."""
         before = [taken for taken in self._taken if taken[1] <= opens]
         after = self._taken[len(before) :]
         begin, end = opens, opens + seconds
@@ -121,5 +123,5 @@ class Lane:
         return end
 
     def forget(self, until: float) -> None:
-        """No transfer will open before then."""
+        """No later transfer opens before `until`."""
         self._taken = [taken for taken in self._taken if taken[1] > until]

@@ -1,4 +1,4 @@
-"""One pipeline stage: its layers, and its share of KV on the device and the host. A sampler stands behind the last."""
+"""One pipeline stage: its layers, and the KV of these on the device and the host. A sampler follows the last stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from batchpipe.types import Int32Array, LinkUse, Step
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """Everything a stage must know before its first step; it reaches a worker process as MessagePack."""
+    """What a stage must know before its first step. It reaches a worker process as MessagePack."""
 
     index: int
     num_stages: int
@@ -44,7 +44,7 @@ class StageSpec:
     eos_token_ids: tuple[int, ...]
     max_step_tokens: int
     kv_verify: str = "off"
-    link: EmulatedLink | None = None  # between the tiers of KV, in place of the machine's own
+    link: EmulatedLink | None = None  # between the tiers of KV, instead of the machine's own
 
     @property
     def is_first(self) -> bool:
@@ -63,7 +63,7 @@ def device_name(device: str, num_threads: int) -> str:
 
 
 def processor_name() -> str:
-    """As the system calls the processor, else its architecture."""
+    """The name that the system has for the processor, else its architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     named = next((line for line in lines if line.startswith("model name")), "")
@@ -71,15 +71,15 @@ def processor_name() -> str:
 
 
 def sampler_of(spec: StageSpec) -> Sampler | None:
-    """Of the last stage: what turns its logits into tokens."""
+    """The sampler for the last stage's logits; None for other stages."""
     return Sampler(spec.vocabulary_size, spec.eos_token_ids) if spec.is_last else None
 
 
 class Stage:
-    """Loads its layers when made; takes steps after `allocate`, until `close`.
+    """Loads its layers when made; runs steps after `allocate`, until `close`.
 
-    Where there is host memory for KV, every step is announced before it runs. link_use, corrupt: of the last step, as
-    in `StepResult`; none where there is one tier.
+    With host memory for KV, every step is announced before it runs. link_use, corrupt: of the last step, see
+    `StepResult`; None and empty with one tier.
     """
 
     link_use: LinkUse | None = None
@@ -122,7 +122,7 @@ class Stage:
         return free_bytes(self.spec.device)
 
     def allocate(self, num_blocks: int, num_host_blocks: int = 0, streams_per_block: int = 0) -> None:
-        """As `Capacity` says. Raises MemoryLimitError."""
+        """Makes the pools of KV; see `Capacity` for the numbers. Raises MemoryLimitError."""
         num_layers = self.spec.end_layer - self.spec.first_layer
         kv = self.spec.kv
         geometry = (num_layers, kv.num_kv_heads, kv.block_tokens, kv.head_dim, self.dtype)
@@ -145,7 +145,7 @@ class Stage:
         )
 
     def announce(self, step: Step) -> None:
-        """In the order of the steps, as early as the step is known: what it needs from the host sets out."""
+        """Starts the step's transfers. Call in the order of the steps, as soon as a step is known, by one thread."""
         if self._swapper is not None:
             self._swapper.announce(step)
 

@@ -36,7 +36,7 @@ Transport = Literal["shared_memory", "gloo", "nccl"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkSpec:
-    """One channel's end: the peer's rank, and for shared memory the inherited file descriptors."""
+    """One end of a channel: the peer's rank, and for shared memory the inherited file descriptors."""
 
     peer: int
     memory_fd: int | None = None
@@ -90,7 +90,7 @@ def serve(control: Wire) -> NoReturn:
 
 
 class Inbox:
-    """Takes in steps on a thread of its own: what a step needs from the host sets out while others run."""
+    """Receives steps on a thread of its own, so that a step's transfers start while others are computed."""
 
     def __init__(self, control: Wire, stage: Stage) -> None:
         self._control = control
@@ -99,7 +99,7 @@ class Inbox:
         threading.Thread(target=self._listen, name="inbox", daemon=True).start()
 
     def next_step(self) -> Step:
-        """In their order. Raises Closed where the controller is gone."""
+        """In order. Raises Closed if the controller is gone."""
         step = self._steps.get()
         if isinstance(step, BaseException):
             raise step

@@ -14,14 +14,14 @@ from batchpipe.runner.replica import Replica
 from batchpipe.scheduler.sequence import StopMatcher
 from batchpipe.types import FinishedRequest, Request, SamplingParams
 
-# Requests that wait, read and tokenised, for each sequence that may run: enough that the engine never starves.
+# Requests that wait, read and tokenised, for each sequence that may run, so that the replicas never lack requests.
 WAITING_PER_RUNNING = 2
 # After this long one silent replica is asked for its result; its pipeline names the stage that does not answer.
 SILENCE_SECONDS = 60.0
 
 
 class Engine:
-    """Replicas fed from one line of requests: each takes as many as it can run, and as many again to choose from."""
+    """Replicas fed from one line of requests. Beside what it runs, each holds up to `max_running` waiting requests."""
 
     def __init__(
         self,
@@ -56,12 +56,12 @@ class Engine:
 
     @property
     def rows_under_way(self) -> float:
-        """What is done of the rows that run, in rows, by what is expected of their rest; 0 where nothing is."""
+        """The finished part of the running rows, in rows, given their expected lengths; 0 without a prediction."""
         return 0.0 if self._forecaster is None else self._forecaster.rows_under_way()
 
     @property
     def room(self) -> int:
-        """How many more requests should wait in line."""
+        """The number of requests to add, so that enough wait."""
         num_waiting = len(self._line) + sum(replica.scheduler.num_waiting for replica in self.replicas)
         return max(0, self._window - num_waiting)
 
@@ -79,7 +79,7 @@ class Engine:
         return finished
 
     def _feed(self) -> None:
-        """Every request goes to the replica with the least to do; the rest of the line waits."""
+        """Gives each request to the least loaded replica that takes more; the rest of the line waits."""
         while self._line:
             takers = [replica for replica in self.replicas if replica.scheduler.num_waiting < replica.max_running]
             if not takers:
@@ -87,7 +87,7 @@ class Engine:
             min(takers, key=lambda replica: replica.num_open / replica.max_running).add([self._line.popleft()])
 
     def _wait(self) -> list[Replica]:
-        """The replicas to collect from, once there is one; those that only have failures to give are among them."""
+        """Waits until a replica is ready. Returns the replicas to collect from: also the idle ones, for failed rows."""
         idle = [replica for replica in self.replicas if not replica.busy]
         busy = [replica for replica in self.replicas if replica.busy]
         if len(busy) <= 1:

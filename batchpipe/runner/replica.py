@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Replica:
-    """`submit` what fits, wait until `ready`, `collect`; what ended comes out of `collect`."""
+    """`submit`, wait until `ready`, `collect`, which returns the requests that ended."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Replica:
         self._pipeline = pipeline
         self._meter = meter
         self._online_cost = cost if isinstance(cost, OnlineCost) else None
-        self._works: deque[StepWork] = deque()  # of the steps in flight, where a cost model learns from them
+        self._works: deque[StepWork] = deque()  # of the steps in flight, if a cost model learns from them
         self._num_new_prompt_tokens = 0
         self._restarted = False
 
@@ -51,7 +51,7 @@ class Replica:
 
     @property
     def num_open(self) -> int:
-        """Sequences on their way, waiting ones included."""
+        """Sequences that run or wait."""
         return self.scheduler.num_waiting + self.scheduler.num_running
 
     @property
@@ -63,7 +63,7 @@ class Replica:
         self.scheduler.add(requests)
 
     def submit(self) -> None:
-        """Hands steps to the pipeline until it holds as many as it takes, or there are none."""
+        """Hands steps to the pipeline until it is full or the scheduler has none."""
         while self.scheduler.has_room and (step := self._plan()):
             try:
                 self._pipeline.submit(step)
@@ -76,7 +76,7 @@ class Replica:
             self._num_new_prompt_tokens += sum(len(start.prompt_token_ids) for start in first_time)
 
     def ready(self) -> bool:
-        """Whether `collect` would not wait. After a lost worker it does not: nothing is in flight any more."""
+        """Whether `collect` would return at once; it does after a lost worker, because nothing is in flight then."""
         try:
             return self._pipeline.ready()
         except WorkerError as error:
@@ -88,7 +88,7 @@ class Replica:
         return self._pipeline.wait(timeout_seconds, [replica._pipeline for replica in others])
 
     def collect(self) -> list[FinishedRequest]:
-        """Waits for the oldest step in flight, if there is one, and gives the requests that ended."""
+        """Waits for the oldest step in flight, if there is one, and returns the requests that ended."""
         if self.busy:
             self._collect()
         return self.scheduler.take_finished()
@@ -114,7 +114,7 @@ class Replica:
         self._num_new_prompt_tokens = 0
 
     def _restart(self, error: WorkerError) -> None:
-        """The controller holds every token, so only KV is lost; a second loss is not an accident any more."""
+        """The controller holds every token, so only KV is lost. A second loss is taken for a fault, and raised."""
         if self._restarted:
             raise error
         self._restarted = True

@@ -14,13 +14,13 @@ from batchpipe.types import Request
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
-    """What a run would come to.
+    """The result of a simulated run.
 
     num_failed: requests that end with an error code, such as one whose KV can never fit.
-    output_tokens: of all samples, once each; num_recomputed_tokens: KV lost to preemptions and computed again.
-    stage_utilization: seconds of computing; what is missing to 1 is waiting, of which `stage_stall_shares` is for KV.
-    loaded_bytes, stored_bytes: over all stages' links between the two tiers of KV.
-    peak_used_blocks: of one scheduler, the fullest. planner_seconds: real time spent deciding, in this simulation.
+    output_tokens: of all samples, without recomputed ones. num_recomputed_tokens: KV lost to preemptions and computed
+    again. stage_utilization: the share of the time that each stage computed. stage_stall_shares: the share that it
+    waited for KV from the host. loaded_bytes, stored_bytes: over all stages' links between the two tiers of KV.
+    peak_used_blocks: the most of any scheduler. planner_seconds: real time that the schedulers took.
     """
 
     seconds: float
@@ -54,8 +54,8 @@ def simulate(
 ) -> SimulatedRun:
     """Runs all requests to their end on new pipelines that share their stages; mostly there is one.
 
-    Schedules that look ahead ask the pipelines' own cost model, so they are right about time but for its noise.
-    arrival_seconds: when each request becomes known, increasing; None: all are known at the start.
+    Policies that look ahead use the pipelines' own cost model, so their forecast of time is exact but for its noise.
+    arrival_seconds: the time at which each request becomes known, increasing; None: all are known at the start.
     """
     stages, cost, eos_token_id = pipelines[0].stages, pipelines[0].cost, pipelines[0].eos_token_id
     assert all(pipeline.stages is stages for pipeline in pipelines), "pipelines on clocks of their own"

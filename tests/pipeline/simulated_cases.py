@@ -66,5 +66,10 @@ def step_of(
     )
 
 
+def idle_seconds(pipeline: SimulatedPipeline) -> tuple[float, ...]:
+    """The time until now of each stage without its work, its stalls included; nothing is in flight."""
+    return tuple(pipeline.stages.now_seconds - busy for busy in pipeline.stages.busy_seconds)
+
+
 def pipeline_of(cost: FormulaCost, **changes: int) -> SimulatedPipeline:
     return SimulatedPipeline(capacity(cost.num_stages, **changes), cost, dict.fromkeys(range(1000), 50), EOS)
