@@ -32,8 +32,6 @@ class AttentionInputs:
     query_starts: Tensor  # [N + 1] int32
     block_tables: Tensor  # [N, B] int32
     positions: Tensor  # [T] int64: where each new token stands in its sequence
-    max_query_tokens: int
-    max_total_tokens: int  # of context and new tokens together
     pool: KvPool
     backend: AttentionBackend
     first_layer: int  # the stage's first layer in the whole model: the pool's layer is layer_idx - first_layer
@@ -49,7 +47,7 @@ class AttentionInputs:
         return self._places_in(self.block_tables)
 
     def blocks_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """One layer's KV, a view [n, 2, Hkv, block_tokens, D] of the pool, and tables [N, B] of places in that."""
+        """One layer's KV, a view [n, 2, Hkv, block_tokens, D] of the pool, and tables [N, B] of indices into it."""
         if self.staging_slots is None:
             return self.pool.data[:, layer], self.block_tables
         first_slots, is_staged = self._first_slots

@@ -1,4 +1,4 @@
-"""Which attention backend a stage uses."""
+"""The choice of a stage's attention backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    """`name` is auto, reference or cpu. The reference steps in, with a warning, where the C kernels cannot be had."""
+    """name: auto, reference or cpu. Falls back to the reference, with a warning, if there are no C kernels."""
     assert name in ("auto", "reference", "cpu"), name
     if name == "reference" or device.type != "cpu":
         return ReferenceAttention()

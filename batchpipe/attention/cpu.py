@@ -1,4 +1,4 @@
-"""Attention by the C kernels: decodes at the speed of memory, prefill chunks in the same call."""
+"""Attention by the C kernels of native/attention.c: decodes at the speed of memory, prefill chunks in the same call."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _AttentionStep(ctypes.Structure):
 
 
 class CpuAttention:
-    """See `AttentionBackend`. For float32 and bfloat16; `supports` says which heads."""
+    """See `AttentionBackend`. `supports` says for which types and heads."""
 
     name = "cpu"
     default_block_tokens = 64
@@ -68,7 +68,7 @@ class CpuAttention:
 
     @classmethod
     def open(cls) -> CpuAttention | None:
-        """None where the kernels cannot be compiled; the log says why."""
+        """None if the kernels cannot be compiled; the log says why."""
         kernels = load_kernels()
         return None if kernels is None else cls(kernels)
 

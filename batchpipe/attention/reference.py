@@ -1,4 +1,4 @@
-"""The yardstick: gather each sequence's KV, then plain attention. Any device, any dtype, slow."""
+"""The reference: gathers each sequence's KV, then plain attention. For any device and dtype, and slow."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _gather(layer_blocks: Tensor, table: Tensor, num_tokens: int) -> tuple[Tenso
 
 
 def _causal_mask(num_queries: int, context: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [num_queries, context + num_queries]: True where a query may look."""
+    """bool [num_queries, context + num_queries]: True where a query attends."""
     query_positions = torch.arange(context, context + num_queries, device=device)[:, None]
     key_positions = torch.arange(context + num_queries, device=device)[None]
     visible = key_positions <= query_positions

@@ -49,9 +49,9 @@ class StepInputs:
         staging_slots: Int32Array | None = None,
     ) -> AttentionInputs:
         """What attention needs to know of the next step; see `AttentionInputs` for the shapes."""
-        totals = query_lengths + context_lengths
+        num_tokens = query_lengths + context_lengths
         assert len(query_lengths) == len(context_lengths) == len(block_tables) > 0 and query_lengths.min() > 0
-        assert totals.max() <= block_tables.shape[1] * self._pool.block_tokens, "a block table is too short"
+        assert num_tokens.max() <= block_tables.shape[1] * self._pool.block_tokens, "a block table is too short"
         starts = np.zeros(len(query_lengths) + 1, np.int32)
         np.cumsum(query_lengths, out=starts[1:])
         positions = np.arange(starts[-1]) + np.repeat(context_lengths - starts[:-1], query_lengths)
@@ -61,8 +61,6 @@ class StepInputs:
             query_starts=self._query_starts.write(starts),
             block_tables=self._block_tables.write(block_tables),
             positions=self._positions.write(positions),
-            max_query_tokens=int(query_lengths.max()),
-            max_total_tokens=int(totals.max()),
             pool=self._pool,
             backend=backend,
             first_layer=self._first_layer,

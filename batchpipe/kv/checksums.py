@@ -1,8 +1,8 @@
-"""Checksums that tell whether KV came back from the host as it went: one number for every token of a host block.
+"""Checksums that show whether KV came back from the host as it went: one number for every token of a host block.
 
-A token's check is the sum over layers, keys and values, and heads of weight * (sum of its numbers' bits, read as
-integers, modulo 2**32), modulo 2**64. All weights are odd and differ, so that no change of one head's sum goes unseen,
-and rows of different layers or heads do not pass for one another.
+A token's checksum is the sum over layers, keys and values, and heads of weight * (the sum modulo 2**32 of its numbers'
+bits, read as integers), modulo 2**64. Weights are odd and differ, so that a change of any head's sum is seen, and rows
+of different layers or heads are not taken for one another.
 
 Shapes: L layers of one stage, H KV heads, R rows of a block, D head_dim.
 """
@@ -36,46 +36,46 @@ def token_checks(tokens: Tensor, weights: Tensor) -> Tensor:
 
 
 def block_checks(blocks: Tensor, weights: Tensor) -> Tensor:
-    """blocks [N, L, 2, H, R, D] -> int64 [N, R]; with weights [L, 2, H] of these layers alone, their part of it."""
+    """blocks [N, L, 2, H, R, D] -> int64 [N, R]. For some of the layers, with their weights: their part of the sum."""
     return (_sums(blocks) * weights[..., None]).sum((1, 2, 3))
 
 
 def _sums(numbers: Tensor) -> Tensor:
-    """[..., D] -> int32 [...]; summed as int64 torch would first write all numbers out as such."""
+    """[..., D] -> int32 [...]. For a sum of type int64 torch would first convert, and store, all numbers."""
     return numbers.view(INTEGERS[numbers.dtype.itemsize]).sum(-1, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Both [N, R]: which tokens of some blocks are known, and their checks."""
+    """Both [N, R]: which tokens of N blocks are known, and their checksums."""
 
     known: BoolArray
     checks: NDArray[np.int64]
 
     def differ(self, found: NDArray[np.int64]) -> BoolArray:
-        """found: checks [N, R] of what came back -> [N]: a known token of the block is not as it was."""
+        """found: checksums [N, R] of what came back -> [N]: a known token of the block has changed."""
         wrong: BoolArray = (self.known & (self.checks != found)).any(1)
         return wrong
 
 
 class HostChecks:
-    """What is known of the tokens of the host's blocks."""
+    """The checksums of the tokens in the host's blocks."""
 
     def __init__(self, num_host_blocks: int, block_tokens: int) -> None:
         self._checks = np.zeros((num_host_blocks, block_tokens), np.int64)
         self._known = np.zeros((num_host_blocks, block_tokens), np.bool_)
 
     def put(self, host_blocks: Int32Array, rows: Int32Array, checks: NDArray[np.int64]) -> None:
-        """All [T]. A block whose row 0 is among them starts anew."""
+        """Tokens [T] were stored. A block whose row 0 is among them begins anew."""
         self._known[host_blocks[rows == 0]] = False
         self._known[host_blocks, rows] = True
         self._checks[host_blocks, rows] = checks
 
     def copy(self, host_copies: Int32Array) -> None:
-        """[C, 2]: blocks from, blocks to."""
+        """host_copies [C, 2]: source block, target block."""
         self._known[host_copies[:, 1]] = self._known[host_copies[:, 0]]
         self._checks[host_copies[:, 1]] = self._checks[host_copies[:, 0]]
 
     def look(self, host_blocks: Int32Array) -> Expected:
-        """What blocks [N] must hold as they are now."""
+        """The checksums that blocks [N] must have now."""
         return Expected(self._known[host_blocks], self._checks[host_blocks])

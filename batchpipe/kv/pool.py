@@ -1,5 +1,7 @@
-"""One stage's KV memory, on its device or, its second tier, on the host: a single tensor, block first, so that a block
-of a request is one contiguous copy.
+"""One stage's KV memory on its device or, for the second tier, on the host.
+
+It is a single tensor with the block as its first dimension, so that copying a block of all layers is one contiguous
+copy.
 
 data [num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim]
 
@@ -28,14 +30,14 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 class KvPool:
-    """The blocks of one stage's layers, all of one head geometry; zeros at first, as kernels read whole rows.
+    """The blocks of one stage's layers, which all have the same heads. Zeros at first, because kernels read whole rows.
 
-    Host memory is the kernel's zero pages until a block is first written, so making a large pool costs
-    nothing; huge pages are asked for where the system offers them. The first blocks, which every job uses, get their
-    pages at once: a virtual machine may take a second a gigabyte for that, which is no time to be counted in a step.
+    Host memory gets its pages when a block is first written, so a large pool is made at once; huge pages are asked for
+    if the system offers them. The first blocks, which every job uses, get their pages at once: in a virtual machine
+    that may take a second per gigabyte, which must not count as time of a step.
 
-    pinned: host memory that a GPU reads and writes by itself, until `unpin`; all its pages are taken at once.
-    asked_by: the job's key to name where the memory is refused. Raises MemoryLimitError.
+    pinned: host memory that a GPU reads and writes by itself, until `unpin`; it gets all its pages at once.
+    asked_by: the job's key that a MemoryLimitError names if the system refuses the memory.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class KvPool:
     ) -> None:
         layout = KvLayout(num_kv_heads, head_dim, dtype.itemsize, block_tokens)
         shape = layout.pool_shape(num_blocks, num_layers)
-        assert all(size > 0 for size in shape), f"a KV pool needs at least one of everything, not {shape}"
+        assert all(size > 0 for size in shape), f"a KV pool needs at least one of each dimension, not {shape}"
         self.num_blocks = num_blocks
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
@@ -71,22 +73,18 @@ class KvPool:
             self.data = torch.zeros(shape, dtype=dtype, device=self.device)
 
     def copy_blocks(self, sources: Int32Array, targets: Int32Array) -> None:
-        """All layers of block sources[i] to block targets[i]; no block is both."""
+        """Copies all layers of block sources[i] to block targets[i]; no block is both."""
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
             self.data[target].copy_(self.data[source])
 
     def unpin(self) -> None:
-        """Once for a pinned pool, when no GPU uses it any more and before its memory goes."""
+        """Call once on a pinned pool, when no GPU uses it any more and before its memory is freed."""
         error = torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())
         assert int(error) == 0, f"cudaHostUnregister: {error}"
 
-    @property
-    def nbytes(self) -> int:
-        return self.num_blocks * self.bytes_per_block
-
 
 def _zero_pages(num_bytes: int, asked_by: str) -> torch.Tensor:
-    """uint8 [num_bytes] over anonymous memory, which the tensor keeps alive."""
+    """uint8 [num_bytes] of anonymous memory, which the tensor keeps alive."""
     try:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -101,7 +99,7 @@ def _zero_pages(num_bytes: int, asked_by: str) -> torch.Tensor:
 
 
 def _pin(pages: torch.Tensor, asked_by: str) -> None:
-    """In place: torch's own pinned memory comes in powers of two, up to twice what is asked for."""
+    """Pins in place, because torch rounds pinned memory up to powers of two, to twice the bytes at worst."""
     error = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)
     if int(error) != 0:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]

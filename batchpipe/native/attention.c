@@ -1,8 +1,9 @@
-/* Causal attention over paged KV, decodes and prefill chunks alike, with softmax kept running from block to block.
+/* Causal attention over paged KV for decodes and prefill chunks, with an online softmax (Milakov and Gimelshein,
+ * arXiv 1805.02867) that is carried from block to block.
  *
- * A tile is up to TILE_ROWS rows of one sequence that read one KV head: the query heads of its group times as many new
- * tokens as fit; for a decode, the group alone. Reading keys and values is what costs: every block is fetched while the
- * one before it is worked on, across the end of a tile too.
+ * A tile is up to TILE_ROWS rows of one sequence that read one KV head: the query heads of its group times the new
+ * tokens that fit; for a decode, the group alone. Reading keys and values is what takes the time, so every block is
+ * fetched while the one before it is computed, across the end of a tile too.
  */
 #include "attention.h"
 
@@ -16,7 +17,7 @@ enum { TILE_ROWS = 32, TILES_AT_ONCE = 16, LANES = 16 };
 struct attention_step {
     const int32_t *query_starts;    /* [num_sequences + 1] */
     const int32_t *context_lengths; /* [num_sequences] */
-    const int32_t *block_tables;    /* [num_sequences, table_width] */
+    const int32_t *block_tables;    /* [num_sequences], rows of table_width */
     int64_t num_sequences, table_width;
     char *blocks;         /* block 0 of this layer: [2, num_kv_heads, block_tokens, head_dim] */
     int64_t block_stride; /* elements, from one block to the next */
@@ -27,7 +28,7 @@ struct attention_step {
     int64_t value_token_stride, value_head_stride;
     char *output; /* [num_tokens, num_heads, head_dim] */
     const float *sinks; /* [num_heads] or null */
-    int64_t sliding_window; /* larger than any sequence where there is none */
+    int64_t sliding_window; /* none: larger than any sequence */
     float scale;
     float softcap; /* 0: none */
     int64_t num_threads;

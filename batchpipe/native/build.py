@@ -1,8 +1,7 @@
-"""Compiles the C files of this folder for this very machine, once, into a cache folder.
+"""Compiles the C files of this folder for the machine it runs on, once, into a cache folder.
 
-The library is named by everything that shapes it (sources, compiler, processor flags, OpenMP runtime), so one cache
-folder serves many machines and versions, and a library found there is right. Nothing is asked of the user: without a
-compiler the callers fall back to torch.
+The library's name is a hash of its sources, compiler, processor flags and OpenMP runtime, so one cache folder serves
+many machines and versions, and a library found there is right. Without a compiler the callers fall back to torch.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL | None:
-    """The compiled kernels, or None, with one warning in the log, where they cannot be had."""
+    """The compiled kernels; None, with one warning in the log, if they cannot be compiled."""
     try:
         return ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError) as error:
@@ -56,19 +55,19 @@ def _build() -> Path:
 
 def _library_in(folder: Path, name: str, compiler: str, openmp: Path | None) -> Path:
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.parent.stat().st_uid != os.getuid():  # a library of somebody else's is not run
+    if folder.parent.stat().st_uid != os.getuid():  # another user's library is not run
         raise PermissionError(f"{folder.parent} belongs to another user")
     folder.mkdir(exist_ok=True)
     library = folder / name
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as workspace:
             _compile(compiler, openmp, Path(workspace) / name)
-            os.replace(Path(workspace) / name, library)  # of two builders the later replaces the same by the same
+            os.replace(Path(workspace) / name, library)  # of two builds at once the later replaces the same by the same
     return library
 
 
 def _compile(compiler: str, openmp: Path | None, library: Path) -> None:
-    """Links torch's own OpenMP by its file: a second runtime in the process would bring a second set of threads."""
+    """Links the file of torch's own OpenMP: a second runtime in the process would start a second set of threads."""
     objects = []
     for source in sorted(SOURCE_FOLDER.glob("*.c")):
         objects.append(str(library.with_name(source.stem + ".o")))

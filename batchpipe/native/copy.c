@@ -1,4 +1,4 @@
-/* Pieces of KV from one place to another: one call for many, so that the thread that copies asks for Python's lock once. */
+/* Copies pieces of KV: many in one call, so that the copying thread takes Python's lock only once. */
 #include <stdint.h>
 #include <string.h>
 

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-/* output = input / sqrt(mean(input^2) + epsilon) * weight, with a rounding before the weight where `rounded_first`.
+/* output = input / sqrt(mean(input^2) + epsilon) * weight; `rounded_first`: rounded to bfloat16 before the weight, too.
  * input and output [num_rows, width], weight [width].
  */
 void batchpipe_rms_norm(const bfloat16 *input, const float *weight, bfloat16 *output, int64_t num_rows, int64_t width,
@@ -25,7 +25,7 @@ void batchpipe_rms_norm(const bfloat16 *input, const float *weight, bfloat16 *ou
     }
 }
 
-/* Turns the number pairs (i, i + rotary_dim / 2) of every head by its token's angles, in place; numbers from rotary_dim
+/* Rotates the number pairs (i, i + rotary_dim / 2) of every head by its token's angles, in place; numbers from rotary_dim
  * on stay. heads [num_tokens, num_heads, head_dim] with `token_stride` numbers from token to token; cosines and sines
  * [num_tokens, rotary_dim].
  */

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from batchpipe.kv.pool import KvPool
-from batchpipe.pipeline.swap.copy_engine import copy_pieces
+from batchpipe.pipeline.swap.block_copies import copy_pieces
 from benchmarks.gpu.case import SHAPES, Case
 
 _BLOCK_TOKENS = 16

@@ -14,7 +14,7 @@ def test_shape_and_sizes() -> None:
     assert pool.data.shape == (5, 3, 2, 2, 16, 8)
     assert pool.data.is_contiguous()
     assert pool.bytes_per_block == 3 * 2 * 2 * 16 * 8 * 2
-    assert pool.nbytes == 5 * pool.bytes_per_block == pool.data.numel() * 2
+    assert 5 * pool.bytes_per_block == pool.data.numel() * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
