@@ -197,18 +197,20 @@ class SequenceStart:
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
-    """The KV that a step moves between host and device, the same blocks on every stage. V streamed blocks, U units.
+    """The KV that a step moves between host and device, the same blocks on every stage.
 
-    `loads` are whole blocks that are swapped in before the step computes; `streams` are swapped in layer by layer while
-    it computes. New KV is written to the host as well, so that evicting a block needs no copy. The previous step uses
-    none of the device blocks that loads and streams write to; so these may start as soon as the step before the
-    previous one is done on this stage, and overlap with the previous step.
+    V staged blocks, U staging blocks. `loads` are whole blocks that are swapped in before the step computes. Staged
+    blocks are swapped in layer by layer while it computes, each through its staging slot. New KV is written to the host
+    as well, so that evicting a block needs no copy. The previous step uses none of the device blocks that loads and
+    staged layers are written to; so their copies may start as soon as the step before the previous one is done on this
+    stage, and overlap with the previous step.
     """
 
     host_tables: Int32Array  # [N, B]: `Step.block_tables` in host blocks, to which the KV of new tokens is written too
+    staging_tables: Int32Array  # [N, B]: the staging slot of the block, 0 to V - 1; -1 if the block is not staged
     loads: Int32Array  # [L, 2]: host block, device block
-    streams: Int32Array  # [V]: host blocks; in block tables the v-th has the number `Capacity.num_blocks + v`
-    stream_units: Int32Array  # [U]: staging blocks on the device, each for `Capacity.streams_per_block` streamed blocks
+    staged_blocks: Int32Array  # [V]: the host block of each staging slot
+    staging_blocks: Int32Array  # [U]: device blocks, each with the next `Capacity.streams_per_block` staging slots
     host_copies: Int32Array  # [C, 2]: host block to host block, before the step's new tokens are written
 
 
@@ -225,7 +227,7 @@ class Step:
     query_lengths: Int32Array  # [N]
     context_lengths: Int32Array  # [N]
     token_ids: Int32Array  # [T]
-    block_tables: Int32Array  # [N, B]; after a sequence's last block any valid number
+    block_tables: Int32Array  # [N, B]; after a sequence's last block, and for a staged block, any valid number
     samples: BoolArray  # [N]: whether a token is sampled after the last new token of this sequence
     copied_blocks: Int32Array  # [C, 2]: before anything else, the KV of block [c, 0] is copied to block [c, 1]
     started: tuple[SequenceStart, ...] = ()

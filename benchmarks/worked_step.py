@@ -68,18 +68,20 @@ class Device:
     def evicted_by(self, step: Step) -> set[int]:
         """Sequences whose blocks the step's prefetches and its staging blocks take."""
         assert step.transfers is not None
-        taken = [*step.transfers.loads[:, 1].tolist(), *step.transfers.stream_units.tolist()]
+        taken = [*step.transfers.loads[:, 1].tolist(), *step.transfers.staging_blocks.tolist()]
         return {self._owners[block] for block in taken if block in self._owners} - set(step.sequence_ids)
 
     def take(self, step: Step) -> None:
         """The step's sequences keep their blocks there; what passed through in layers, and what ended, does not."""
         assert step.transfers is not None
         self._owners = {block: owner for block, owner in self._owners.items() if owner not in step.released}
-        for block in step.transfers.stream_units.tolist():
+        for block in step.transfers.staging_blocks.tolist():
             self._owners.pop(block, None)
         num_blocks = -(-(step.context_lengths + step.query_lengths) // CAPACITY.block_tokens)
-        for sequence, blocks, num in zip(step.sequence_ids, step.block_tables.tolist(), num_blocks, strict=True):
-            self._owners.update({block: sequence for block in blocks[:num] if block < CAPACITY.num_blocks})
+        is_used = np.arange(step.block_tables.shape[1]) < num_blocks[:, None]
+        is_whole = is_used & (step.transfers.staging_tables < 0)
+        for sequence, blocks, mask in zip(step.sequence_ids, step.block_tables, is_whole, strict=True):
+            self._owners.update(dict.fromkeys(blocks[mask].tolist(), sequence))
 
 
 def first_step_of_both_kinds() -> tuple[Step, StepResult, set[int]]:
@@ -94,7 +96,7 @@ def first_step_of_both_kinds() -> tuple[Step, StepResult, set[int]]:
     while not scheduler.idle:
         while scheduler.has_room and (step := scheduler.next_step()):
             assert step.transfers is not None
-            if found is None and len(step.transfers.loads) and len(step.transfers.streams):
+            if found is None and len(step.transfers.loads) and len(step.transfers.staged_blocks):
                 found = step, device.evicted_by(step)
             device.take(step)
             pipeline.submit(step)
@@ -111,7 +113,7 @@ def told(step: Step, result: StepResult, evicted: Iterable[int]) -> str:
     assert transfers is not None
     tables = zip(step.sequence_ids, transfers.host_tables.tolist(), strict=True)
     owned = {sequence: set(blocks) for sequence, blocks in tables}
-    loaded, streamed = set(transfers.loads[:, 0].tolist()), set(transfers.streams.tolist())
+    loaded, streamed = set(transfers.loads[:, 0].tolist()), set(transfers.staged_blocks.tolist())
     prefetched = [sequence for sequence, blocks in owned.items() if blocks & loaded]
     swapped = [sequence for sequence, blocks in owned.items() if blocks & streamed]
     resident = [sequence for sequence in owned if sequence not in prefetched + swapped]
@@ -126,7 +128,7 @@ def told(step: Step, result: StepResult, evicted: Iterable[int]) -> str:
             f"  prefetched before it       sequence {_listed(prefetched)}: host blocks {_listed(loaded)} "
             f"to device blocks {_listed(transfers.loads[:, 1].tolist())}",
             f"  swapped in layer by layer  sequence {_listed(swapped)}: host blocks {_listed(streamed)} "
-            f"through device blocks {_listed(transfers.stream_units.tolist())}",
+            f"through device blocks {_listed(transfers.staging_blocks.tolist())}",
             f"  evicted for both           sequences {_listed(evicted)}: released, as the host has their KV",
             f"  host to device             {num_moved} blocks; the link carries {budget} in a step of "
             f"{1e3 * STEP_SECONDS:.0f} ms",

@@ -87,20 +87,22 @@ class FakePipeline:
         written = self._new_rows(step, step.transfers.host_tables)[0]
         early = ~np.isin(following.loads[:, 0], written)
         self._kv[following.loads[early, 1]] = self._host_kv[following.loads[early, 0]]
-        self._kv[following.stream_units] = _MIX  # layers of other blocks pass through
+        self._kv[following.staging_blocks] = _MIX  # layers of other blocks pass through
 
     def _write(self, step: Step) -> None:
         self._kv[step.copied_blocks[:, 1]] = self._kv[step.copied_blocks[:, 0]]
         blocks, rows, positions = self._new_rows(step, step.block_tables)
         values = fake_kv(step.token_ids, positions)
-        resident = blocks < self.capacity.num_blocks
-        self._kv[blocks[resident], rows[resident]] = values[resident]
-        if step.transfers is not None:
+        if step.transfers is None:
+            self._kv[blocks, rows] = values
+        else:
+            is_whole = self._new_rows(step, step.transfers.staging_tables)[0] < 0
+            self._kv[blocks[is_whole], rows[is_whole]] = values[is_whole]
             copies = step.transfers.host_copies
             self._host_kv[copies[:, 1]] = self._host_kv[copies[:, 0]]
             host_blocks, rows, _ = self._new_rows(step, step.transfers.host_tables)
             self._host_kv[host_blocks, rows] = values
-            self._kv[step.transfers.stream_units] = _MIX
+            self._kv[step.transfers.staging_blocks] = _MIX
 
     def _new_rows(self, step: Step, tables: Int32Array) -> tuple[Int32Array, Int32Array, NDArray[np.integer[Any]]]:
         """Of each of the step's new tokens: its block by these tables, its row in the block, its position."""
@@ -111,13 +113,14 @@ class FakePipeline:
         return tables[sequences, positions // block_tokens], positions % block_tokens, positions
 
     def _next_tokens(self, step: Step) -> Int32Array:
-        tables = step.block_tables[step.samples]
         lengths = (step.context_lengths + step.query_lengths)[step.samples]
-        kv = self._kv
-        if step.transfers is not None:
-            assert len(step.transfers.streams) <= len(step.transfers.stream_units) * self.capacity.streams_per_block
-            kv = np.concatenate([kv, self._host_kv[step.transfers.streams]])
-        context = kv[tables].reshape(len(tables), tables.shape[1] * self.capacity.block_tokens)
+        context = self._kv[step.block_tables[step.samples]]
+        if step.transfers is not None and len(step.transfers.staged_blocks):
+            staged_blocks, num_staging = step.transfers.staged_blocks, len(step.transfers.staging_blocks)
+            assert len(staged_blocks) <= num_staging * self.capacity.streams_per_block
+            slots = step.transfers.staging_tables[step.samples]
+            context = np.where(slots[:, :, None] < 0, context, self._host_kv[staged_blocks[slots]])
+        context = context.reshape(len(context), context.shape[1] * self.capacity.block_tokens)
         context = np.where(np.arange(context.shape[1]) < lengths[:, None], context, np.uint64(0))
         return self.next_of(context.sum(axis=1, dtype=np.uint64))
 

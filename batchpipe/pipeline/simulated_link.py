@@ -27,7 +27,7 @@ class Moved:
     """Host blocks that a step loads [L], stages [V] and writes [W], the same on every stage, and its new tokens."""
 
     loads: Int32Array
-    streams: Int32Array
+    staged: Int32Array
     written: Int32Array
     num_new_tokens: int
 
@@ -40,7 +40,7 @@ class Moved:
         last = (step.context_lengths + step.query_lengths - 1) // block_tokens
         is_written = (first[:, None] <= columns) & (columns <= last[:, None])
         written = np.concatenate([transfers.host_tables[is_written], transfers.host_copies[:, 1]])
-        return cls(transfers.loads[:, 0], transfers.streams, written, int(step.query_lengths.sum()))
+        return cls(transfers.loads[:, 0], transfers.staged_blocks, written, int(step.query_lengths.sum()))
 
 
 class LinkClock:
@@ -62,14 +62,14 @@ class LinkClock:
         link_share: the part of its rate that the link carries.
         """
         load_rate = link_share * self._link.load_bytes_per_second
-        loads, streams = (len(blocks) * self._block_bytes for blocks in (moved.loads, moved.streams))
-        sources = np.concatenate([moved.loads, moved.streams])
+        loads, staged = (len(blocks) * self._block_bytes for blocks in (moved.loads, moved.staged))
+        sources = np.concatenate([moved.loads, moved.staged])
         opens = max(submitted, self._computed[0], self._on_host[sources].max(initial=0.0))
         start = max(due, self._stored[0])
         by_layer = loads if submitted >= self._computed[1] else 0
         if loads > by_layer:
             start = max(start, self._loads.carry(opens, loads / load_rate))
-        waited = self._wait_by_layer(opens, start, work_seconds, streams / load_rate, by_layer / load_rate)
+        waited = self._wait_by_layer(opens, start, work_seconds, staged / load_rate, by_layer / load_rate)
         end = start + work_seconds + waited
         stored_bytes = moved.num_new_tokens * self._link.kv_bytes_per_token
         store_seconds = stored_bytes / (link_share * self._link.store_bytes_per_second)
@@ -79,24 +79,24 @@ class LinkClock:
         self._computed = (self._computed[1], end)
         use = LinkUse(
             stall_seconds=start - due + waited,
-            loaded_bytes=loads + streams,
+            loaded_bytes=loads + staged,
             stored_bytes=stored_bytes,
-            load_seconds=(loads + streams) / load_rate,
+            load_seconds=(loads + staged) / load_rate,
             store_seconds=store_seconds,
         )
         return end, use
 
     def _wait_by_layer(
-        self, opens: float, start: float, work_seconds: float, stream_seconds: float, load_seconds: float
+        self, opens: float, start: float, work_seconds: float, staged_seconds: float, load_seconds: float
     ) -> float:
         """Seconds that computing waits, layer by layer, for the layer's part of staged blocks and loads."""
         num_layers = self._link.num_layers
         waited = 0.0
         two_before, before = opens, opens  # when the layers' slots are free
-        for layer in range(num_layers if stream_seconds or load_seconds else 0):
+        for layer in range(num_layers if staged_seconds or load_seconds else 0):
             arrived = opens
-            if stream_seconds:
-                arrived = self._loads.carry(two_before, stream_seconds / num_layers)
+            if staged_seconds:
+                arrived = self._loads.carry(two_before, staged_seconds / num_layers)
             if load_seconds:
                 arrived = max(arrived, self._loads.carry(opens, load_seconds / num_layers))
             waited = max(waited, arrived - start - work_seconds * layer / num_layers)

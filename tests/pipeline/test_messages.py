@@ -27,8 +27,9 @@ def a_step() -> Step:
         transfers=Transfers(
             host_tables=np.array([[5, 6], [7, 8]], dtype=np.int32),
             loads=np.array([[7, 2]], dtype=np.int32),
-            streams=np.array([8], dtype=np.int32),
-            stream_units=np.array([3], dtype=np.int32),
+            staging_tables=np.array([[-1, -1], [-1, 0]], dtype=np.int32),
+            staged_blocks=np.array([8], dtype=np.int32),
+            staging_blocks=np.array([3], dtype=np.int32),
             host_copies=np.zeros((0, 2), dtype=np.int32),
         ),
     )
@@ -41,7 +42,7 @@ def test_a_step_survives_the_way() -> None:
         assert getattr(copy, name).dtype == getattr(step, name).dtype
         np.testing.assert_array_equal(getattr(copy, name), getattr(step, name))
     assert copy.transfers is not None and step.transfers is not None
-    for name in ("host_tables", "loads", "streams", "stream_units", "host_copies"):
+    for name in ("host_tables", "staging_tables", "loads", "staged_blocks", "staging_blocks", "host_copies"):
         np.testing.assert_array_equal(getattr(copy.transfers, name), getattr(step.transfers, name))
         assert getattr(copy.transfers, name).dtype == np.int32
     assert copy.started[0].sampling == step.started[0].sampling

@@ -31,8 +31,9 @@ def moves(
     return Transfers(
         host_tables=np.arange(writes, writes + 16, dtype=np.int32)[None],
         loads=np.array([(block, block) for block in loads], np.int32).reshape(-1, 2),
-        streams=np.array(streams, np.int32),
-        stream_units=np.zeros(len(streams), np.int32),
+        staging_tables=np.full((1, 16), -1, np.int32),
+        staged_blocks=np.array(streams, np.int32),
+        staging_blocks=np.zeros(len(streams), np.int32),
         host_copies=np.array(copies, np.int32).reshape(-1, 2),
     )
 

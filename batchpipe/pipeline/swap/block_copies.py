@@ -66,7 +66,7 @@ class BlockCopies:
 
     def load_staged_layer(self, moves: StepTransfers, layer: int, part: NDArray[np.int64]) -> None:
         """One layer of the staged blocks that `part` indexes."""
-        slots, host_blocks = moves.staging_slots[part] + layer % 2, moves.transfers.streams[part]
+        slots, host_blocks = moves.staging_slots[part] + layer % 2, moves.transfers.staged_blocks[part]
         copy_pieces(self._device_slots.flatten(0, 1), slots, self._host_slots[:, layer], host_blocks)
 
     def store(self, moves: StepTransfers) -> None:

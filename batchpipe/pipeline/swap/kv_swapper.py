@@ -98,7 +98,7 @@ class KvSwapper:
         transfers = moves.transfers
         before = self._moves.get(number - 2)
         after = [] if before is None else [before.computed]
-        writers = self._last_writers[transfers.streams]
+        writers = self._last_writers[transfers.staged_blocks]
         recent = writers >= number - 1
         parts = [(part, after + self._stored(writers[part])) for part in map(np.flatnonzero, (~recent, recent))]
         after_loads = after + self._stored(self._last_writers[transfers.loads[:, 0]])
@@ -121,8 +121,8 @@ class KvSwapper:
             self._verifier.begin(moves.transfers, loads_by_layer=moves.loads_by_layer)
         if not len(moves.staging_slots):
             return None
-        streams = step.block_tables - self._pool.num_blocks
-        return np.where(streams >= 0, moves.staging_slots[np.maximum(streams, 0)], np.int32(-1))
+        slots = moves.transfers.staging_tables
+        return np.where(slots < 0, np.int32(-1), moves.staging_slots[slots])
 
     def finish(self) -> tuple[LinkUse, dict[int, str]]:
         """Call after the model ran. Returns (link use of this step, {sequence id: what is wrong with its KV}).

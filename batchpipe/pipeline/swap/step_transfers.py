@@ -19,8 +19,8 @@ class StepTransfers:
     number: int
     step: Step
     transfers: Transfers
-    staging_blocks: Int32Array  # [V]: the device block that each staged block passes through
-    staging_slots: Int32Array  # [V]: the layer slot of its even layers, see `AttentionInputs`
+    staging_blocks: Int32Array  # [V]: the device block of each staging slot
+    staging_slots: Int32Array  # [V]: the layer slot where it begins, see `AttentionInputs`
     loads_by_layer: bool  # nothing computes beside the step's loads, so they are copied beside its own layers
     host_blocks: Int32Array  # [T]: where each new token's KV goes
     host_rows: Int32Array  # [T]
@@ -40,10 +40,10 @@ class StepTransfers:
         """is_alone: no step is computed beside this one's transfers."""
         transfers = step.transfers
         assert transfers is not None, "a step without transfers where there are two tiers"
-        num_staged = len(transfers.streams)
-        assert num_staged <= len(transfers.stream_units) * streams_per_block, "more staged blocks than slots for them"
+        num_staged = len(transfers.staged_blocks)
+        assert num_staged <= len(transfers.staging_blocks) * streams_per_block, "more staged blocks than slots for them"
         indices, pairs = np.divmod(np.arange(num_staged, dtype=np.int32), np.int32(max(1, streams_per_block)))
-        staging_blocks = transfers.stream_units[indices]
+        staging_blocks = transfers.staging_blocks[indices]
         sequences = np.repeat(np.arange(len(step.query_lengths)), step.query_lengths)
         first_rows = np.cumsum(step.query_lengths) - step.query_lengths
         positions = np.arange(len(sequences)) + (step.context_lengths - first_rows)[sequences]

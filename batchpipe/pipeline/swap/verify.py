@@ -70,7 +70,7 @@ class Verifier:
         transfers = moves.transfers
         if layer == 0:
             # All that earlier steps stored in these blocks has been stored, so their checksums are known.
-            self._staged = self._returned(transfers.streams)
+            self._staged = self._returned(transfers.staged_blocks)
             if moves.loads_by_layer:
                 self._loaded = self._returned(transfers.loads[:, 0])
         assert self._staged is not None and self._loaded is not None
@@ -86,7 +86,7 @@ class Verifier:
     def check_reads(self, step: Step, transfers: Transfers) -> None:
         """Call once the step is computed and the steps before it are on the host, before anything else moves."""
         num_context = step.context_lengths[:, None] - self._pool.block_tokens * np.arange(step.block_tables.shape[1])
-        rows, columns = np.nonzero((num_context > 0) & (step.block_tables < self._pool.num_blocks))
+        rows, columns = np.nonzero((num_context > 0) & (transfers.staging_tables < 0))
         # Of a block that several sequences read, the longest part that one of them read is compared.
         longest = np.argsort(-num_context[rows, columns], kind="stable")
         rows, columns = rows[longest], columns[longest]
@@ -118,7 +118,7 @@ class Verifier:
     def corrupt(self, moves: StepTransfers) -> dict[int, str]:
         """What was wrong with the KV that the step used, by sequence id."""
         assert self._loaded is not None
-        loads, streams = moves.transfers.loads, moves.transfers.streams
+        loads, staged_blocks = moves.transfers.loads, moves.transfers.staged_blocks
         for block in loads[:, 1].tolist():
             self._tainted.pop(block, None)
         for index in self._loaded.wrong():
@@ -130,26 +130,30 @@ class Verifier:
                 self._tainted[target] = self._tainted[source]
         self._tainted = self._overwritten | self._tainted
         staged = {
-            self._pool.num_blocks + v: self._tell(int(streams[v]), int(moves.staging_blocks[v]), "came back changed to")
-            for v in (self._staged.wrong() if self._staged is not None else [])
+            slot: self._tell(int(staged_blocks[slot]), int(moves.staging_blocks[slot]), "came back changed to")
+            for slot in (self._staged.wrong() if self._staged is not None else [])
         }
-        return self._met(moves.step, staged) if self._tainted or staged else {}
+        return self._met(moves, staged) if self._tainted or staged else {}
 
-    def _met(self, step: Step, staged: dict[int, str]) -> dict[int, str]:
-        """staged: the wrong ones, by their number in block tables."""
+    def _met(self, moves: StepTransfers, staged: dict[int, str]) -> dict[int, str]:
+        """staged: what is wrong, by staging slot."""
+        step = moves.step
+        tables, slot_tables = step.block_tables.tolist(), moves.transfers.staging_tables.tolist()
         ends = -(-(step.context_lengths + step.query_lengths) // self._pool.block_tokens)
         firsts = -(-step.context_lengths // self._pool.block_tokens)
-        for table, first, end in zip(step.block_tables, firsts, ends, strict=True):
-            for block in table[first:end].tolist():  # begun anew in this step
-                self._tainted.pop(block, None)
-                staged.pop(block, None)
-        wrong = self._tainted | staged
-        return {
-            sequence_id: wrong[block]
-            for sequence_id, table, end in zip(step.sequence_ids, step.block_tables, ends, strict=True)
-            for block in table[:end].tolist()
-            if block in wrong
-        }
+        for table, slots, first, end in zip(tables, slot_tables, firsts, ends, strict=True):
+            for block, slot in zip(table[first:end], slots[first:end], strict=True):  # begun anew in this step
+                if slot < 0:
+                    self._tainted.pop(block, None)
+                else:
+                    staged.pop(slot, None)
+        met = {}
+        for sequence_id, table, slots, end in zip(step.sequence_ids, tables, slot_tables, ends, strict=True):
+            for block, slot in zip(table[:end], slots[:end], strict=True):
+                wrong = self._tainted.get(block) if slot < 0 else staged.get(slot)
+                if wrong is not None:
+                    met[sequence_id] = wrong
+        return met
 
     def _tell(self, host_block: int, block: int, what: str) -> str:
         return f"stage {self._stage_index}: the KV of host block {host_block} {what} device block {block}"

@@ -153,19 +153,22 @@ class SwapScheduler:
                 residency.touch(sequence.sequence_id, self._step)
         absent = tables < 0
         assert not absent[~is_streamed].any(), "a sequence whose KV is not on the device"
-        streams, numbers = np.unique(host_tables[absent], return_inverse=True)
-        tables[absent] = capacity.num_blocks + numbers
+        staged_blocks, slots = np.unique(host_tables[absent], return_inverse=True)
+        tables[absent] = 0
+        staging_tables = np.full(host_tables.shape, -1, np.int32)
+        staging_tables[absent] = slots
         for block in host_tables[inside & ~absent & is_streamed[:, None]].tolist():
             residency.touch_block(block, self._step)
-        assert len(streams) <= len(self._units) * capacity.streams_per_block
+        assert len(staged_blocks) <= len(self._units) * capacity.streams_per_block
         loads = np.array(self._loads, np.int32).reshape(-1, 2)
         # Who came and left again, before the step was whole, is not loaded.
         loads = loads[residency.places(loads[:, 0]) == loads[:, 1]]
         transfers = Transfers(
             host_tables=host_tables,
+            staging_tables=staging_tables,
             loads=loads,
-            streams=streams,
-            stream_units=np.array(self._units, np.int32),
+            staged_blocks=staged_blocks,
+            staging_blocks=np.array(self._units, np.int32),
             host_copies=np.array(host_copies, np.int32).reshape(-1, 2),
         )
         self._loads, self._units = [], []
@@ -175,7 +178,7 @@ class SwapScheduler:
 
     def observe(self, transfers: Transfers, result: StepResult) -> None:
         """What a step took, and its loads with it, correct what the link is believed to carry."""
-        num_loaded = len(transfers.loads) + len(transfers.streams)
+        num_loaded = len(transfers.loads) + len(transfers.staged_blocks)
         self._budget.observe(num_loaded, result.stage_seconds, result.link_uses)
 
     # -- who comes -------------------------------------------------------------------------------------------------

@@ -41,10 +41,10 @@ class Alive:
 
 @dataclass
 class Plan:
-    """A step being made. rows: sequence, context, new tokens, device blocks."""
+    """A step being made. rows: sequence, context, new tokens, (device block, staging slot) of each block."""
 
     number: int
-    rows: list[tuple[Alive, int, int, list[int]]] = field(default_factory=list)
+    rows: list[tuple[Alive, int, int, list[tuple[int, int]]]] = field(default_factory=list)
     loads: list[tuple[int, int]] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     units: list[int] = field(default_factory=list)
@@ -136,24 +136,25 @@ class Program:
         plan.host_copies.append((donor.host_blocks[0], one.host_blocks[0]))
         plan.device_copies.append((source, target))
 
-    def _bring(self, host_block: int, *, is_new: bool) -> int | None:
-        """The number of its place in the step's block tables; None: no room."""
+    def _bring(self, host_block: int, *, is_new: bool) -> tuple[int, int] | None:
+        """Its device block and -1, or 0 and its staging slot; None: no room."""
         place = self.places.get(host_block)
         if place is not None:
             if self.last_used[place] < self.plan.number and self._num_used() == MAX_STEP_BLOCKS:
                 return None
             self.last_used[place] = self.plan.number
-            return place
+            return place, -1
         if self.random.choice(self.modes) == "stream" and not (is_new and self.random.random() < 0.5):
             return self._stream(host_block)
         place = self._take(cold=not is_new)
-        if place is not None:
-            self.places[host_block] = place
-            if not is_new:
-                self.plan.loads.append((host_block, place))
-        return place
+        if place is None:
+            return None
+        self.places[host_block] = place
+        if not is_new:
+            self.plan.loads.append((host_block, place))
+        return place, -1
 
-    def _stream(self, host_block: int) -> int | None:
+    def _stream(self, host_block: int) -> tuple[int, int] | None:
         streams, units = self.plan.streams, self.plan.units
         if len(streams) == len(units) * self.streams_per_block:
             unit = self._take(cold=True)
@@ -161,7 +162,7 @@ class Program:
                 return None
             units.append(unit)
         streams.append(host_block)
-        return NUM_BLOCKS + len(streams) - 1
+        return 0, len(streams) - 1
 
     def _num_used(self) -> int:
         return int((self.last_used == self.plan.number).sum())
@@ -190,7 +191,7 @@ class Program:
             query_lengths=np.array([tokens for _, _, tokens, _ in plan.rows], np.int32),
             context_lengths=np.array([context for _, context, _, _ in plan.rows], np.int32),
             token_ids=np.concatenate([one.tokens[c : c + n] for one, c, n, _ in plan.rows]),
-            block_tables=_padded([table for *_, table in plan.rows], width),
+            block_tables=_padded([[block for block, _ in table] for *_, table in plan.rows], width),
             samples=np.ones(len(plan.rows), np.bool_),
             copied_blocks=_pairs(plan.device_copies),
             started=tuple(
@@ -199,16 +200,17 @@ class Program:
             released=released,
             transfers=Transfers(
                 host_tables=_padded([one.host_blocks[: len(table)] for one, _, _, table in plan.rows], width),
+                staging_tables=_padded([[slot for _, slot in table] for *_, table in plan.rows], width, -1),
                 loads=_pairs(plan.loads),
-                streams=np.array(plan.streams, np.int32),
-                stream_units=np.array(plan.units, np.int32),
+                staged_blocks=np.array(plan.streams, np.int32),
+                staging_blocks=np.array(plan.units, np.int32),
                 host_copies=_pairs(plan.host_copies),
             ),
         )
 
 
-def _padded(tables: list[list[int]], width: int) -> np.ndarray:
-    return np.array([table + [0] * (width - len(table)) for table in tables], np.int32)
+def _padded(tables: list[list[int]], width: int, padding: int = 0) -> np.ndarray:
+    return np.array([table + [padding] * (width - len(table)) for table in tables], np.int32)
 
 
 def _pairs(numbers: list[tuple[int, int]]) -> np.ndarray:

@@ -31,7 +31,7 @@ def test_two_tiers_say_the_same_as_one(num_stages: int, max_batches: int, mode: 
     steps, expected = program(1, num_stages, max_batches, mode, attention)
     moved = [step.transfers for step in steps if step.transfers]
     assert any(len(one.loads) for one in moved) == (mode != "streams")
-    assert any(len(one.streams) for one in moved) == (mode != "loads")
+    assert any(len(one.staged_blocks) for one in moved) == (mode != "loads")
     assert any(len(one.host_copies) for one in moved)
     with open_pipeline(num_stages, max_batches, attention=attention) as pipeline:
         results = run(pipeline, steps)
@@ -40,7 +40,7 @@ def test_two_tiers_say_the_same_as_one(num_stages: int, max_batches: int, mode: 
     stored = sum(use.stored_bytes for result in results for use in result.link_uses)
     assert stored == sum(len(step.token_ids) for step in steps) * token_bytes * 4
     loaded = sum(use.loaded_bytes for result in results for use in result.link_uses)
-    assert loaded == sum(len(one.loads) + len(one.streams) for one in moved) * BLOCK_TOKENS * token_bytes * 4
+    assert loaded == sum(len(one.loads) + len(one.staged_blocks) for one in moved) * BLOCK_TOKENS * token_bytes * 4
     assert sum(use.load_seconds for result in results for use in result.link_uses) > 0
     assert all(len(result.link_uses) == num_stages for result in results)
 
@@ -110,8 +110,9 @@ def one_row(
         transfers=Transfers(
             host_tables=numbers(tables[1], len(tables[1])),
             loads=numbers(loads or []),
-            streams=np.zeros(0, np.int32),
-            stream_units=np.zeros(0, np.int32),
+            staging_tables=np.full((1, len(tables[0])), -1, np.int32),
+            staged_blocks=np.zeros(0, np.int32),
+            staging_blocks=np.zeros(0, np.int32),
             host_copies=numbers(copies[1]),
         ),
     )

@@ -29,7 +29,8 @@ class FaultyPipeline(FakePipeline):
         super().__init__(offered, VOCABULARY, EOS)
         self._random = np.random.default_rng(seed)
         self._one_in = one_in
-        self._tainted: set[int] = set()  # device blocks, and streamed ones by their number in block tables
+        self._tainted: set[int] = set()  # device blocks
+        self._tainted_slots: set[int] = set()
 
     def _load(self, transfers: Transfers) -> None:
         super()._load(transfers)
@@ -37,8 +38,8 @@ class FaultyPipeline(FakePipeline):
             self._tainted.discard(block)
             if self._random.integers(self._one_in) == 0:
                 self._tainted.add(block)
-        wrong = np.flatnonzero(self._random.integers(self._one_in, size=len(transfers.streams)) == 0)
-        self._tainted.update((self.capacity.num_blocks + wrong).tolist())
+        wrong = np.flatnonzero(self._random.integers(self._one_in, size=len(transfers.staged_blocks)) == 0)
+        self._tainted_slots = set(wrong.tolist())
 
     def collect(self) -> StepResult:
         step = self._in_flight[0]
@@ -48,11 +49,14 @@ class FaultyPipeline(FakePipeline):
             if source in self._tainted:
                 self._tainted.add(target)
         met = [self._meets(step, row) for row in range(len(step.sequence_ids))]
-        self._tainted = {block for block in self._tainted if block < self.capacity.num_blocks}
         of_token = np.repeat(met, step.query_lengths)
-        for kv, tables in ((self._kv, step.block_tables), (self._host_kv, _host_tables(step))):
+        transfers = _transfers(step)
+        is_whole = self._new_rows(step, transfers.staging_tables)[0] < 0
+        for kv, tables, spoilt in (
+            (self._kv, step.block_tables, of_token & is_whole),
+            (self._host_kv, transfers.host_tables, of_token),
+        ):
             blocks, rows, _ = self._new_rows(step, tables)
-            spoilt = of_token & (blocks < len(kv))
             kv[blocks[spoilt], rows[spoilt]] ^= np.uint64(0xBAD)
         return replace(
             result,
@@ -66,14 +70,20 @@ class FaultyPipeline(FakePipeline):
         block_tokens = self.capacity.block_tokens
         context = int(step.context_lengths[row])
         first, end = -(-context // block_tokens), -(-(context + int(step.query_lengths[row])) // block_tokens)
-        table: list[int] = step.block_tables[row].tolist()
-        self._tainted.difference_update(table[first:end])  # begun anew
-        return not self._tainted.isdisjoint(table[:end])
+        table, slots = step.block_tables[row], _transfers(step).staging_tables[row]
+        begun = np.arange(len(table)) >= first
+        used = np.arange(len(table)) < end
+        self._tainted.difference_update(table[begun & used & (slots < 0)].tolist())
+        self._tainted_slots.difference_update(slots[begun & used].tolist())
+        return not (
+            self._tainted.isdisjoint(table[used & (slots < 0)].tolist())
+            and self._tainted_slots.isdisjoint(slots[used].tolist())
+        )
 
 
-def _host_tables(step: Step) -> np.ndarray:
+def _transfers(step: Step) -> Transfers:
     assert step.transfers is not None
-    return step.transfers.host_tables
+    return step.transfers
 
 
 def drive_anyhow(
