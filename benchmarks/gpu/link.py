@@ -39,7 +39,7 @@ def _rates(case: Case, shape: dict[str, Any]) -> dict[str, Any]:
         "one layer of blocks to the device": (device_layers[:, 1], targets, host_layers[:, 1], sources),
         "whole blocks to the host": (host_layers.flatten(1), sources, device_layers.flatten(1), targets),
     }
-    figures: dict[str, Any] = {"block_bytes": pool.bytes_per_block, "pinned_bytes": host.nbytes}
+    figures: dict[str, Any] = {"block_bytes": pool.bytes_per_block, "pinned_bytes": host.data.nbytes}
     for name, (target, to, source, of) in copies.items():
         seconds = case.median_seconds(lambda t=target, i=to, s=source, j=of: copy_pieces(t, i, s, j))  # type: ignore[misc]
         num_bytes = _NUM_MOVED * target[0].nbytes
