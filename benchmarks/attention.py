@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from batchpipe.attention.base import AttentionOptions
 from batchpipe.attention.choose import choose_backend
 from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
@@ -55,7 +56,8 @@ def attention_call(arguments: argparse.Namespace, query_tokens: int, context: in
     num_tokens = arguments.sequences * query_tokens
     query = torch.randn(num_tokens, arguments.kv_heads * arguments.group, arguments.head_dim).to(dtype)
     key, value = torch.randn(2, num_tokens, arguments.kv_heads, arguments.head_dim).to(dtype)
-    return lambda layer: backend.forward(inputs, layer, query, key, value, scale=arguments.head_dim**-0.5)
+    options = AttentionOptions(arguments.head_dim**-0.5)
+    return lambda layer: backend.forward(inputs, layer, query, key, value, options)
 
 
 def main() -> None:

@@ -70,6 +70,20 @@ class AttentionInputs:
         return blocks.to(self.pool.device), (self.positions % self.pool.block_tokens).to(self.pool.device)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """A layer's scores: `scale * q.k`, then with a softcap `softcap * tanh(score / softcap)`.
+
+    With a window a token attends to itself and the `sliding_window - 1` tokens before it. sinks: [Hq], the scores of
+    one more key that has no value.
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 class AttentionBackend(Protocol):
     """Causal attention over paged KV, fastest with blocks of `default_block_tokens`."""
 
@@ -77,23 +91,11 @@ class AttentionBackend(Protocol):
     default_block_tokens: int
 
     def forward(
-        self,
-        inputs: AttentionInputs,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         """Writes the new tokens' KV to the pool, then lets each attend to its sequence up to itself.
 
         query [T, Hq, D], key and value [T, Hkv, D], any strides with contiguous D; returns [T, Hq, D],
-        contiguous, in query's dtype. `layer` counts from the stage's first. Scores are `scale * q.k`, then with a
-        softcap `softcap * tanh(score / softcap)`; with a window a token sees itself and the `sliding_window - 1`
-        before it; `sinks` [Hq] are scores of one more key that has no value.
+        contiguous, in query's dtype. `layer` counts from the stage's first.
         """
         ...

@@ -8,7 +8,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from batchpipe.attention.base import AttentionInputs
+from batchpipe.attention.base import AttentionInputs, AttentionOptions
 from batchpipe.native.build import load_kernels
 
 MAX_HEAD_DIM = 256
@@ -73,17 +73,7 @@ class CpuAttention:
         return None if kernels is None else cls(kernels)
 
     def forward(
-        self,
-        inputs: AttentionInputs,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         pool = inputs.pool
         num_tokens, num_heads, head_dim = query.shape
@@ -93,7 +83,7 @@ class CpuAttention:
         query, key, value = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value))
         blocks, tables = inputs.blocks_of(layer)
         output = torch.empty(query.shape, dtype=query.dtype)
-        float_sinks = None if sinks is None else sinks.detach().float().contiguous()
+        sinks = None if options.sinks is None else options.sinks.detach().float().contiguous()
         step = _AttentionStep(
             query_starts=inputs.query_starts.data_ptr(),
             context_lengths=inputs.context_lengths.data_ptr(),
@@ -116,10 +106,10 @@ class CpuAttention:
             value_token_stride=value.stride(0),
             value_head_stride=value.stride(1),
             output=output.data_ptr(),
-            sinks=None if float_sinks is None else float_sinks.data_ptr(),
-            sliding_window=sliding_window or NO_WINDOW,
-            scale=scale,
-            softcap=softcap or 0.0,
+            sinks=None if sinks is None else sinks.data_ptr(),
+            sliding_window=options.sliding_window or NO_WINDOW,
+            scale=options.scale,
+            softcap=options.softcap or 0.0,
             num_threads=torch.get_num_threads(),
         )
         if self._functions[pool.dtype](ctypes.byref(step)) != 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from batchpipe.attention.base import AttentionInputs
+from batchpipe.attention.base import AttentionInputs, AttentionOptions
 from batchpipe.kv.pool import KEY, VALUE
 
 
@@ -17,17 +17,7 @@ class ReferenceAttention:
     default_block_tokens = 16
 
     def forward(
-        self,
-        inputs: AttentionInputs,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         layer_blocks, tables = inputs.blocks_of(layer)
         blocks, rows = inputs.slots_of(layer)
@@ -41,14 +31,14 @@ class ReferenceAttention:
         for sequence, context in enumerate(contexts):
             first, end = starts[sequence], starts[sequence + 1]
             keys, values = _gather(layer_blocks, tables[sequence], context + end - first)
-            mask = _causal_mask(end - first, context, sliding_window, query.device)
+            mask = _causal_mask(end - first, context, options.sliding_window, query.device)
             queries = query[first:end].transpose(0, 1)  # [Hq, queries, D]
-            if softcap is None and sinks is None:
+            if options.softcap is None and options.sinks is None:
                 attended = scaled_dot_product_attention(
-                    queries[None], keys[None], values[None], attn_mask=mask, scale=scale, enable_gqa=True
+                    queries[None], keys[None], values[None], attn_mask=mask, scale=options.scale, enable_gqa=True
                 )[0]
             else:
-                attended = _plain_attention(queries, keys, values, mask, scale, softcap, sinks)
+                attended = _plain_attention(queries, keys, values, mask, options)
             output[first:end] = attended.transpose(0, 1)
         return output
 
@@ -69,23 +59,15 @@ def _causal_mask(num_queries: int, context: int, window: int | None, device: tor
     return visible if window is None else visible & (key_positions > query_positions - window)
 
 
-def _plain_attention(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
     """Attention written out, in float32: queries [Hq, L, D], keys and values [Hkv, S, D] -> [Hq, L, D]."""
     group = queries.shape[0] // keys.shape[0]
-    scores = queries.float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = queries.float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2) * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        sink_scores = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+    if options.sinks is not None:
+        sink_scores = options.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
         scores = torch.cat([scores, sink_scores], dim=-1)
     weights = scores.softmax(-1)[..., : keys.shape[1]]
     return (weights @ values.float().repeat_interleave(group, 0)).to(queries.dtype)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from batchpipe.attention.base import AttentionOptions
 from batchpipe.model.fused_modules import (
-    AttentionOptions,
     FusedAttention,
     FusedLayer,
     FusedMlp,
@@ -119,9 +119,11 @@ def _mlp(module: nn.Module, kernels: ctypes.CDLL) -> nn.Module | None:
 class _Recorder:
     """An attention backend that computes nothing: it keeps what it was called with and gives the query back."""
 
-    def forward(self, inputs: Any, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def forward(
+        self, inputs: Any, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
         self.tensors = [query.clone(), key.clone(), value.clone()]
-        self.options = AttentionOptions(**options)
+        self.options = options
         return query.contiguous()
 
 

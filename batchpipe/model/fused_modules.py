@@ -9,14 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from batchpipe.attention.base import AttentionInputs
+    from batchpipe.attention.base import AttentionInputs, AttentionOptions
 
 # The block layout of a packed weight is chosen for about this many rows; others are nearly as fast with it.
 PACKED_FOR_ROWS = 256
@@ -112,16 +111,6 @@ class FusedMlp(nn.Module):
         return self._up.times(hidden, self._gate(hidden, self._activation))
 
 
-@dataclass(frozen=True)
-class AttentionOptions:
-    """What a layer asks of the attention backend, as it is passed on; see `AttentionBackend`."""
-
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-
-
 class FusedAttention(nn.Module):
     """Projections of query, key and value as one, rotated in place and handed to the attention backend as they lie."""
 
@@ -182,10 +171,7 @@ class FusedAttention(nn.Module):
             heads[:, : self._num_heads],
             heads[:, self._num_heads : num_rotated],
             heads[:, num_rotated:],
-            scale=self._options.scale,
-            sliding_window=self._options.sliding_window,
-            softcap=self._options.softcap,
-            sinks=self._options.sinks,
+            self._options,
         )
         return attended.view(1, len(heads), -1)
 

@@ -9,7 +9,7 @@ layers 0..a        layers a..b          layers b..n
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from transformers import AttentionInterface, AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from batchpipe.attention.base import AttentionInputs, AttentionOptions
 from batchpipe.errors import ModelError
 from batchpipe.model.quiet import quiet_transformers
-
-if TYPE_CHECKING:
-    from batchpipe.attention.base import AttentionInputs
 
 ATTENTION_NAME = "batchpipe"
 
@@ -127,17 +125,12 @@ def _attend(
     """What transformers calls in every layer: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     assert attention_mask is None, "packed sequences have no mask"
     assert isinstance(module.layer_idx, int)
-    output = attention_inputs.backend.forward(
-        attention_inputs,
-        module.layer_idx - attention_inputs.first_layer,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=kwargs.get("sliding_window", getattr(module, "sliding_window", None)),
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    layer = module.layer_idx - attention_inputs.first_layer
+    options = AttentionOptions(scale, window, softcap, s_aux)
+    output = attention_inputs.backend.forward(attention_inputs, layer, query, key, value, options)
     return output[None], None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from batchpipe.attention.base import AttentionBackend
+from batchpipe.attention.base import AttentionBackend, AttentionOptions
 from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 
@@ -90,17 +90,8 @@ def attend_in_chunks(backend: AttentionBackend, case: PagedCase, chunk_tokens: i
         new = np.minimum(np.asarray(case.lengths)[todo] - done[todo], limits).astype(np.int32)
         rows = np.concatenate([np.arange(n) + case.starts[i] + done[i] for i, n in zip(todo, new, strict=True)])
         inputs = step_inputs.fill(new, done[todo], case.tables[todo], backend=backend)
-        output = backend.forward(
-            inputs,
-            1,
-            case.queries[rows],
-            case.keys[rows],
-            case.values[rows],
-            scale=case.scale,
-            sliding_window=case.sliding_window,
-            softcap=case.softcap,
-            sinks=case.sinks,
-        )
+        options = AttentionOptions(case.scale, case.sliding_window, case.softcap, case.sinks)
+        output = backend.forward(inputs, 1, case.queries[rows], case.keys[rows], case.values[rows], options)
         assert output.dtype == case.queries.dtype and output.is_contiguous()
         for i, part in zip(todo, output.split(new.tolist()), strict=True):
             outputs[i].append(part)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
-from batchpipe.attention.base import AttentionBackend, AttentionInputs
+from batchpipe.attention.base import AttentionBackend, AttentionInputs, AttentionOptions
 
 
 class KvCapture:
@@ -26,9 +25,9 @@ class KvCapture:
         self._after = after
 
     def forward(
-        self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         self._before(layer, key, value)
-        attended = self._backend.forward(inputs, layer, query, key, value, **options)
+        attended = self._backend.forward(inputs, layer, query, key, value, options)
         self._after(layer)
         return attended
