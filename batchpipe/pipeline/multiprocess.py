@@ -13,7 +13,7 @@ from __future__ import annotations
 import selectors
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from batchpipe.pipeline.memory import StageMemory
 from batchpipe.pipeline.messages import Computed, Sampled, merge_corrupt
@@ -41,7 +41,7 @@ class MultiprocessPipeline:
         Raises ModelError, MemoryLimitError or WorkerError; no process is left then.
         """
         with ExitStack() as stack:
-            groups = [stack.enter_context(WorkerGroup(specs, transport, limits)) for specs in replicas]
+            groups = [stack.enter_context(closing(WorkerGroup(specs, transport, limits))) for specs in replicas]
             pipelines = []
             for workers in groups:
                 capacity = capacity_of(workers.load())

@@ -74,12 +74,6 @@ class WorkerGroup:
             self.close()
             raise
 
-    def __enter__(self) -> WorkerGroup:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Ends every process; may be called again."""
         self._resources.close()

@@ -175,19 +175,18 @@ class KvSwapper:
 
     def _loads(self, moves: StepTransfers, after: list[TransferEvent]) -> Iterator[Transfer]:
         loads, late = self._copies.loads_of(moves)
-        block_bytes = self._pool.bytes_per_block
+        block_bytes, layers = self._pool.bytes_per_block, range(self._pool.num_layers)
         if moves.loads_by_layer:
-            for layer in range(self._pool.num_layers):
-                moves.loaded.append(self._link.new_event())
-                work = partial(self._copies.load_layer, loads, layer)
-                yield self._load_of(moves, work, len(loads) * self._layer_bytes, after, moves.loaded[-1])
+            works = [partial(self._copies.load_layer, loads, layer) for layer in layers]
+            sizes = [len(loads) * self._layer_bytes for _ in layers]
         else:
             num_blocks = max(1, PIECE_BYTES // block_bytes)
-            for first in range(0, len(loads), num_blocks):
-                moves.loaded.append(self._link.new_event())
-                part = loads[first : first + num_blocks]
-                work = partial(self._copies.load, part)
-                yield self._load_of(moves, work, len(part) * block_bytes, after, moves.loaded[-1])
+            parts = [loads[first : first + num_blocks] for first in range(0, len(loads), num_blocks)]
+            works = [partial(self._copies.load, part) for part in parts]
+            sizes = [len(part) * block_bytes for part in parts]
+        moves.loaded.extend(self._link.new_event() for _ in works)
+        for work, num_bytes, done in zip(works, sizes, moves.loaded, strict=True):
+            yield self._load_of(moves, work, num_bytes, after, done)
         if len(late):
             work, done = partial(self._copies.load, late), self._link.new_event()
             yield self._load_of(moves, work, len(late) * block_bytes, [moves.computed], done)
