@@ -65,7 +65,7 @@ class KvPool:
         self.bytes_per_block = layout.block_bytes(num_layers)
         self.device = torch.device(device)
         if self.device.type == "cpu":
-            pages = _zero_pages(self.nbytes, asked_by)
+            pages = _zero_pages(num_blocks * self.bytes_per_block, asked_by)
             if pinned:
                 _pin(pages, asked_by)
             self.data = pages.view(dtype).view(shape)
