@@ -280,7 +280,7 @@ class Capacity:
     num_host_blocks: KV blocks in host memory; 0 without offload. streams_per_block: streamed blocks for which one
     staging block has space, two layers of each at a time; 0 if a stage has too few layers for streaming.
     offload: how KV comes back from host memory: `none`, as whole blocks before a step (`batch`), layer by layer during
-    the step (`layer`), or `both`. max_prefills_ahead: steps of prefill alone that may be in flight in addition to the
+    the step (`layer`). max_prefills_ahead: steps of prefill alone that may be in flight in addition to the
     `max_batches` micro-batches.
     """
 

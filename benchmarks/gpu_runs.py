@@ -102,6 +102,7 @@ class TableCost:
     """One device; a step's prompts are looked up as one whose (token, KV token) pairs are as many."""
 
     num_stages = 1
+    distinct_stages = (0,)
     control_seconds = 0.0
     kv_links: Sequence[KvLink] = ()  # all KV is on the device
 

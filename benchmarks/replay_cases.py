@@ -229,6 +229,7 @@ class CurveCost:
         self.num_stages = 1 if tensor_parallel else num_cards
         self.control_seconds = control_seconds
         self.kv_links = ()
+        self.distinct_stages = (0,)  # layers are cut evenly
         self._card_seconds = [
             seconds / num_cards for seconds in read_curve(data / "profiles/tdpipe_L20" / model.profile)
         ]

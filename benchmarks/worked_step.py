@@ -29,12 +29,12 @@ CAPACITY = Capacity(
     num_blocks=40,
     block_tokens=16,
     num_stages=4,
-    max_batches=5,
+    max_batches=4,
     max_step_tokens=64,
     max_batch_sequences=8,
     num_host_blocks=160,
     streams_per_block=4,
-    offload="both",
+    offload="layer",
 )
 
 
@@ -51,6 +51,10 @@ class ConstantCost:
         num_layers = 2 * CAPACITY.streams_per_block
         link = KvLink(rate, rate, BLOCK_BYTES // CAPACITY.block_tokens // num_layers, num_layers)
         return (link,) * self.num_stages
+
+    @property
+    def distinct_stages(self) -> range:
+        return range(self.num_stages)
 
     def stage_seconds(self, stage: int, work: StepWork) -> float:
         return STEP_SECONDS

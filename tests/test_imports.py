@@ -16,7 +16,7 @@ LADDER = (
     ("errors",),
     ("job", "sample.stop", "sample.detokenize", "sample.rng", "write.durable"),
     ("model.partition", "model.checkpoint", "model.architectures", "model.tokenizer"),
-    ("kv.block_manager", "kv.prefix_cache", "kv.device_cache", "kv.layout"),
+    ("kv.block_manager", "kv.prefix_cache", "kv.device_cache", "kv.layout", "kv.capacity_law"),
     ("cost",),
     ("predict",),
     ("scheduler", "read", "write", "report"),
@@ -35,7 +35,16 @@ RUNGS = {name: rung for rung, names in enumerate(LADDER) for name in names}
 APART = {"pipeline": {"scheduler", "read", "write", "report"}}
 HEAVY = {"torch", "transformers"}
 TORCH_FREE = (
-    *("types", "errors", "job", "kv.block_manager", "kv.prefix_cache", "kv.device_cache", "kv.layout"),
+    *(
+        "types",
+        "errors",
+        "job",
+        "kv.block_manager",
+        "kv.prefix_cache",
+        "kv.device_cache",
+        "kv.layout",
+        "kv.capacity_law",
+    ),
     *("sample.stop", "sample.rng", "read", "predict", "cost", "scheduler", "write", "report"),
 )
 

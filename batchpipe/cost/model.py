@@ -5,7 +5,7 @@ A step's time depends on few quantities (`StepWork`); a `CostModel` turns them i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,6 +98,11 @@ class CostModel(Protocol):
         """By stage; none where nothing is known of them."""
         ...
 
+    @property
+    def distinct_stages(self) -> Sequence[int]:
+        """One stage of each kind: every other stage takes as long as one of these for any step."""
+        ...
+
     def stage_seconds(self, stage: int, work: StepWork) -> float:
         """How long this stage computes the step."""
         ...
@@ -105,6 +110,16 @@ class CostModel(Protocol):
     def handoff_seconds(self, num_tokens: int) -> float:
         """From the end of one stage to the start of the next, for the hidden states of so many tokens."""
         ...
+
+
+def distinct_stages(kinds: Sequence[Hashable]) -> list[int]:
+    """The first stage of each kind, and the last stage, which also computes the head."""
+    return sorted({kinds.index(kind) for kind in kinds} | {len(kinds) - 1})
+
+
+def bottleneck_seconds(cost: CostModel, work: StepWork) -> float:
+    """How long the slowest stage computes the step."""
+    return max(cost.stage_seconds(stage, work) for stage in cost.distinct_stages)
 
 
 def seconds_without_stalls(stage_seconds: Sequence[float], link_uses: Sequence[LinkUse]) -> list[float]:

@@ -48,6 +48,11 @@ class OnlineCost:
         """As the prior has them; what they turn out to carry is learned by `PrefetchBudget`, which alone asks."""
         return self._prior.kv_links
 
+    @property
+    def distinct_stages(self) -> Sequence[int]:
+        """Each stage has measurements of its own."""
+        return range(self.num_stages)
+
     def stage_seconds(self, stage: int, work: StepWork) -> float:
         return self._window(stage, work).predict(self._features(stage, work))
 

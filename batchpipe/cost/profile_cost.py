@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchpipe.cost.curve import Curve, Surface
-from batchpipe.cost.model import StepWork
+from batchpipe.cost.model import StepWork, distinct_stages
 from batchpipe.cost.profile import Profile, StepTimes
 from batchpipe.kv.layout import KvLayout
 
@@ -48,6 +48,7 @@ class ProfileCost:
         self.control_seconds = profile.control_seconds
         self._steps = TimedSteps(profile.times, random_share)
         self._num_layers = [len(one) for one in layers]
+        self.distinct_stages = distinct_stages(self._num_layers)
         kv = KvLayout.of(profile.model)
         self._hidden_bytes_per_token = profile.model.hidden_size * kv.item_bytes
         self.kv_links = profile.link.kv_links(kv.bytes_per_token_layer, layers)

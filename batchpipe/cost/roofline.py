@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchpipe.cost.hardware import Hardware, Link
-from batchpipe.cost.model import StepWork
+from batchpipe.cost.model import StepWork, distinct_stages
 from batchpipe.cost.model_shape import ModelShape
 from batchpipe.model.partition import split_layers
 
@@ -55,6 +55,7 @@ class RooflineCost:
             self._sum_seconds_per_token = 2 * model.hidden_bytes_per_token / hardware.all_reduce_rate()
         self._num_layers = [len(one) for one in layers]
         self._products = [_products_of(model, one) for one in layers]
+        self.distinct_stages = distinct_stages([tuple(products) for products in self._products])
         self._head = _Product(1, model.head_flops, model.head_weight_bytes, 1.0)
 
     @classmethod

@@ -72,10 +72,11 @@ class PlanSpec(v.Section):
     """The order of the work."""
 
     schedule: Annotated[
-        Literal["auto", "temporal", "hybrid", "separate", "temporal-published"],
+        Literal["auto", "temporal", "hybrid", "separate", "temporal-published", "pipemax-published"],
         v.about(
             "temporal plans memory from forecast lengths and balances batches; hybrid mixes prompt and "
-            "decode tokens in a step, separate never does; temporal-published is TD-Pipe's own. auto is temporal."
+            "decode tokens in a step, separate never does; temporal-published and pipemax-published are TD-Pipe's and "
+            "PipeMax's own. auto is temporal."
         ),
     ] = "auto"
 
@@ -95,7 +96,7 @@ class EngineSpec(v.Section):
         Literal["auto", "none", "batch", "layer"],
         v.about(
             "How KV comes back from host memory: batch by batch before a step, or layer by layer beside "
-            "it; auto chooses by the stages and the link, and may take both."
+            "it; auto chooses by the stages' layers and the link."
         ),
     ] = "auto"
     block_tokens: Annotated[v.BlockTokens, v.about("Tokens of a KV block.")] = "auto"

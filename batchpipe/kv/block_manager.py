@@ -28,6 +28,7 @@ class BlockManager:
         self._kept: dict[int, None] = {}  # the one to give away first stands first
         self._owned: dict[int, list[int]] = {}
         self._num_owners = [0] * num_blocks
+        self.num_shared = 0  # blocks with several owners
 
     @property
     def num_free(self) -> int:
@@ -71,6 +72,7 @@ class BlockManager:
         # Last block first: of a kept beginning, what stands behind it is given away before it.
         for block in reversed(self._owned.pop(sequence_id, [])):
             self._num_owners[block] -= 1
+            self.num_shared -= self._num_owners[block] == 1
             if self._num_owners[block] == 0:
                 if self._prefixes.was_shared(block):
                     self._kept[block] = None
@@ -94,6 +96,7 @@ class BlockManager:
         found = self._prefixes.find(prompt, num_tokens - 1)
         for block in found:
             self._num_owners[block] += 1
+            self.num_shared += self._num_owners[block] == 2
             self._kept.pop(block, None)
             self._prefixes.mark_shared(block)
         if found:
@@ -104,8 +107,8 @@ class BlockManager:
         """The first `num_tokens` tokens of the prompt have KV once the steps made so far are done."""
         self._prefixes.learn(prompt, self._owned[sequence_id], num_tokens)
 
-    def distrust(self, sequence_id: int) -> None:
-        """Nobody shares this sequence's blocks from now on."""
+    def withdraw(self, sequence_id: int) -> None:
+        """No other sequence shares this one's blocks from now on."""
         for block in self._owned.get(sequence_id, ()):
             self._prefixes.forget(block)
 
@@ -126,6 +129,7 @@ class BlockManager:
     def check_integrity(self) -> None:
         counted = Counter(block for blocks in self._owned.values() for block in blocks)
         assert all(self._num_owners[block] == counted[block] for block in range(self.num_blocks)), "owners miscounted"
+        assert self.num_shared == sum(count > 1 for count in counted.values()), "shared blocks miscounted"
         states = list(self._free) + list(self._kept) + list(counted)
         assert len(states) == self.num_blocks, "blocks were lost or made"
         assert len(set(states)) == self.num_blocks, "a block is free and owned"

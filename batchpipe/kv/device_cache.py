@@ -1,15 +1,15 @@
 """Which KV stands on the device, where the host has all of it: blocks of the device that copy blocks of the host.
 
-A sequence is on the device with all its blocks or not at all; a block that several of them share is there once.
-Blocks are given away in the order of steps, not of results: every stage runs the same steps in the same order, so what
-the last step read may be written by the next one as it computes. Transfers start earlier, beside the step before: they
-get blocks that no step since has touched (`begin_step`).
-Invariant (`check_integrity`): every device block is free, or cooling, or copies a block of some resident.
+A sequence is resident, with all its blocks, or not at all; a block that several residents share is there once. Device
+blocks are reused in the order of steps, not of results: every stage runs the same steps in the same order, so what the
+last step read may be written by the next one as it computes. Transfers start earlier, beside the step before: they only
+write to cold blocks, which no step since `begin_step`'s has touched.
+Invariant (`check_integrity`): every device block is free, or cooling, or lent, or copies a block of some resident.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,21 +18,24 @@ from batchpipe.types import Int32Array
 
 
 class DeviceCache:
-    """By sequence, in the order of last use. `touch` says that a step uses a sequence's blocks."""
+    """Residents stand in the order of last use. `touch` says that a step uses a resident's blocks."""
 
     def __init__(self, num_device_blocks: int, num_host_blocks: int) -> None:
         self.num_device_blocks = num_device_blocks
         self.peak_used_blocks = 0
-        self._free = list(range(num_device_blocks - 1, -1, -1))
-        self._cooling: deque[tuple[int, int]] = deque()  # (step that used it last, device block)
+        self._cold = list(range(num_device_blocks - 1, -1, -1))
+        self._cooling: list[tuple[int, list[int]]] = []  # (last step that used them, device blocks)
+        self._num_cooling = 0
+        self._lent: list[int] = []
+        self._lent_step = -1
         self._residents: dict[int, list[int]] = {}  # host blocks in table order; the one used longest ago stands first
-        self._last_steps: dict[int, int] = {}
-        self._places: dict[int, int] = {}  # host block to device block
-        self._places_array = np.full(num_host_blocks, -1, np.int32)  # the same, to look many up at once; -1: none
-        self._num_others: dict[int, int] = {}  # by host block that several residents share, how many beside one
-        self._left_steps: dict[int, int] = {}  # by host block: the last step of others that used it
-        self._lent: list[tuple[int, int]] = []
-        self._cold_step = -1  # the last one whose blocks transfers may write to
+        self._last_steps: dict[int, int] = {}  # by resident
+        self._cold_step = -1
+        # By host block: the device block that copies it (-1: none), the residents that own it, and the last step that
+        # used it for a sequence other than the residents that own it now (-1: none).
+        self._places = np.full(num_host_blocks, -1, np.int32)
+        self._num_users = np.zeros(num_host_blocks, np.int32)
+        self._other_steps = np.full(num_host_blocks, -1, np.int64)
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -40,40 +43,37 @@ class DeviceCache:
         return sequence_id in self._residents
 
     def __len__(self) -> int:
-        """Sequences on the device."""
+        """Residents."""
         return len(self._residents)
 
     @property
     def num_used(self) -> int:
         """Blocks that copy KV of residents."""
-        return len(self._places)
+        return self.num_device_blocks - self.num_free - len(self._lent)
 
     @property
     def num_cold(self) -> int:
         """Free blocks that transfers may write to."""
-        return len(self._free)
+        return len(self._cold)
 
     @property
     def num_free(self) -> int:
         """Free blocks that the next step may write to as it computes."""
-        return len(self._free) + len(self._cooling)
+        return len(self._cold) + self._num_cooling
 
     def num_held(self, sequence_id: int) -> int:
         return len(self._residents[sequence_id])
 
     def places(self, host_blocks: Int32Array) -> Int32Array:
         """The device blocks that copy these host blocks, of any shape; -1: none does."""
-        return self._places_array[host_blocks]
+        return self._places[host_blocks]
 
-    def place_of(self, host_block: int) -> int | None:
-        return self._places.get(host_block)
-
-    def missing(self, host_blocks: Sequence[int]) -> list[int]:
-        """Those of the host blocks that have no copy on the device."""
-        return [block for block in host_blocks if block not in self._places]
+    def num_missing(self, host_blocks: Sequence[int]) -> int:
+        """How many of the host blocks have no copy on the device."""
+        return int(np.count_nonzero(self._places[np.asarray(host_blocks, np.intp)] < 0))
 
     def latest_first(self) -> Iterator[tuple[int, int]]:
-        """(sequence, last step that used it), the latest first: of those that take turns, whose turn is furthest."""
+        """(resident, last step that used it), the latest first: of those that take turns, whose turn is furthest."""
         for sequence_id in reversed(self._residents):
             yield sequence_id, self._last_steps[sequence_id]
 
@@ -82,101 +82,112 @@ class DeviceCache:
     def begin_step(self, last_touched_step: int) -> None:
         """Blocks that only `last_touched_step` and steps before it used are cold from now on; what was lent is back."""
         self._cold_step = last_touched_step
-        given_back = [*self._cooling, *self._lent]
-        self._cooling.clear()
-        self._lent.clear()
-        for step, block in given_back:
-            self._give_back(step, block)
+        given_back = [*self._cooling, (self._lent_step, self._lent)]
+        self._cooling, self._num_cooling, self._lent = [], 0, []
+        for step, blocks in given_back:
+            self._give_back(step, blocks)
 
     def enter(self, sequence_id: int, host_blocks: Sequence[int], step: int) -> list[tuple[int, int]]:
-        """Puts a sequence on the device, for `step` at the earliest. Returns (host, device block) of those it lacked.
+        """Makes a sequence resident, for `step` at the earliest. Returns (host, device block) of those it lacked.
 
-        Transfers fill them. There are cold blocks for all that `missing` names.
+        Transfers fill them. There are cold blocks for all that `num_missing` counts.
         """
         assert sequence_id not in self._residents
-        lacking = self.missing(host_blocks)
-        if len(lacking) < len(host_blocks):
-            for block in host_blocks:
-                if block in self._places:
-                    self._num_others[block] = self._num_others.get(block, 0) + 1
-        taken = [(block, self._free.pop()) for block in lacking]
-        self._place(taken)
+        blocks = np.asarray(host_blocks, np.intp)
+        lacking = blocks[self._places[blocks] < 0]
+        taken = self._pop_cold(len(lacking))
+        self._places[lacking] = taken
+        self._num_users[blocks] += 1
         self._residents[sequence_id] = list(host_blocks)
         self._last_steps[sequence_id] = step - 1  # until `touch` says that a step has it
-        return taken
+        self._note_peak()
+        return list(zip(lacking.tolist(), taken, strict=True))
 
     def extend(self, sequence_id: int, host_blocks: Sequence[int]) -> None:
         """New blocks behind those of a resident, for the next step to write to; there is room."""
-        assert not any(block in self._places for block in host_blocks)
-        # What computing writes takes warm blocks first and leaves the cold ones to transfers.
-        self._place(
-            [(block, self._cooling.popleft()[1] if self._cooling else self._free.pop()) for block in host_blocks]
-        )
+        for block in host_blocks:
+            assert self._places[block] < 0
+            # What computing writes takes warm blocks first and leaves the cold ones to transfers.
+            self._places[block] = self._pop_warm() if self._num_cooling else self._cold.pop()
+            self._num_users[block] = 1
         self._residents[sequence_id] += host_blocks
+        self._note_peak()
 
     def touch(self, sequence_id: int, step: int) -> None:
         self._residents[sequence_id] = self._residents.pop(sequence_id)
         self._last_steps[sequence_id] = step
 
-    def touch_block(self, host_block: int, step: int) -> None:
-        """A step uses this block of a resident's for another sequence."""
-        self._left_steps[host_block] = step
+    def touch_blocks(self, host_blocks: Int32Array | Sequence[int], step: int) -> None:
+        """A step uses these blocks of residents for other sequences."""
+        self._other_steps[host_blocks] = step
 
     def leave(self, sequence_id: int) -> None:
-        """Takes the sequence from the device; one that is not there is fine."""
+        """Evicts a sequence; one that is not resident is fine."""
         if sequence_id not in self._residents:
             return
         last_step = self._last_steps.pop(sequence_id)
-        gone = self._residents.pop(sequence_id)
-        if self._num_others:
-            gone = [block for block in gone if not self._others_keep(block, last_step)]
-        for block in gone:
-            left_step = self._left_steps.pop(block, last_step) if self._left_steps else last_step
-            self._give_back(max(last_step, left_step), self._places.pop(block))
-        self._places_array[gone] = -1
-
-    def _others_keep(self, block: int, last_step: int) -> bool:
-        """Whether a block stays when one of its residents leaves."""
-        num_others = self._num_others.pop(block, 0)
-        if num_others:
-            self._left_steps[block] = max(last_step, self._left_steps.get(block, last_step))
-        if num_others > 1:
-            self._num_others[block] = num_others - 1
-        return num_others > 0
+        blocks = np.array(self._residents.pop(sequence_id), np.intp)
+        self._num_users[blocks] -= 1
+        is_shared = self._num_users[blocks] > 0
+        if is_shared.any():
+            kept = blocks[is_shared]
+            self._other_steps[kept] = np.maximum(self._other_steps[kept], last_step)
+            blocks = blocks[~is_shared]
+        other_steps = self._other_steps[blocks]
+        places = self._places[blocks]
+        self._places[blocks] = -1
+        self._other_steps[blocks] = -1
+        is_later = other_steps > last_step
+        if is_later.any():
+            self._give_back(int(other_steps.max()), places[is_later].tolist())
+            places = places[~is_later]
+        self._give_back(last_step, places.tolist())
 
     def lend(self, num_blocks: int, step: int) -> list[int]:
         """Cold blocks for this step alone; there is room."""
-        blocks = [self._free.pop() for _ in range(num_blocks)]
-        self.peak_used_blocks = max(self.peak_used_blocks, self.num_device_blocks - self.num_free)
-        self._lent += [(step, block) for block in blocks]
-        return blocks
+        self._lent, self._lent_step = self._pop_cold(num_blocks), step
+        self._note_peak()
+        return list(self._lent)
 
     def take_back(self) -> None:
         """The step that blocks were lent for is not made: they are as cold as they were."""
-        self._free += [block for _, block in self._lent]
-        self._lent.clear()
+        self._cold += self._lent
+        self._lent = []
 
-    def _give_back(self, last_step: int, block: int) -> None:
+    def _pop_cold(self, num_blocks: int) -> list[int]:
+        assert num_blocks <= len(self._cold), "more blocks than are cold"
+        if num_blocks == 0:
+            return []
+        taken = self._cold[: -num_blocks - 1 : -1]
+        del self._cold[-num_blocks:]
+        return taken
+
+    def _pop_warm(self) -> int:
+        _, blocks = self._cooling[0]
+        block = blocks.pop()
+        self._num_cooling -= 1
+        if not blocks:
+            del self._cooling[0]
+        return block
+
+    def _give_back(self, last_step: int, blocks: list[int]) -> None:
         if last_step <= self._cold_step:
-            self._free.append(block)
-        else:
-            self._cooling.append((last_step, block))
+            self._cold += blocks
+        elif blocks:
+            self._cooling.append((last_step, blocks))
+            self._num_cooling += len(blocks)
 
-    def _place(self, taken: list[tuple[int, int]]) -> None:
-        """(host, device block) each."""
-        self._places.update(taken)
-        for block, place in taken:
-            self._places_array[block] = place
+    def _note_peak(self) -> None:
         self.peak_used_blocks = max(self.peak_used_blocks, self.num_device_blocks - self.num_free)
 
     def check_integrity(self) -> None:
         counted = Counter(block for blocks in self._residents.values() for block in blocks)
-        others = {block: count - 1 for block, count in counted.items() if count > 1}
-        assert others == self._num_others, "residents miscounted"
-        assert self._places.keys() == counted.keys(), "KV of nobody on the device"
-        states = self._free + [block for _, block in [*self._cooling, *self._lent]] + list(self._places.values())
+        placed = np.flatnonzero(self._places >= 0).tolist()
+        assert placed == sorted(counted), "KV of no sequence on the device"
+        assert self._num_users[placed].tolist() == [counted[block] for block in placed], "residents miscounted"
+        assert not self._num_users[self._places < 0].any() and (self._other_steps[self._places < 0] == -1).all()
+        cooling = [block for _, blocks in self._cooling for block in blocks]
+        assert len(cooling) == self._num_cooling
+        states = [*self._cold, *cooling, *self._lent, *self._places[placed].tolist()]
         assert sorted(states) == list(range(self.num_device_blocks)), "device blocks were lost or given twice"
         assert self._residents.keys() == self._last_steps.keys()
-        placed = np.flatnonzero(self._places_array >= 0)
-        assert dict(zip(placed.tolist(), self._places_array[placed].tolist(), strict=True)) == self._places
-        assert self._left_steps.keys() <= counted.keys()

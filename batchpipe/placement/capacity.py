@@ -35,7 +35,7 @@ def offered_capacity(
         block_tokens=stages[0].block_tokens,
         num_stages=split.num_stages,
         # Whole blocks are prefetched for the next batch while this one computes, so one more batch has to be known.
-        max_batches=split.num_stages + (offload in ("batch", "both")),
+        max_batches=split.num_stages + (offload == "batch"),
         max_step_tokens=max_step_tokens(engine, split),
         max_batch_sequences=max_batch_sequences(engine, split),
         num_host_blocks=num_host_blocks,

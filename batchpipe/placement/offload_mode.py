@@ -1,8 +1,9 @@
 """Whether a run's KV uses host memory, and how it comes back from there: one decision, made before the model loads.
 
-Where the link's rate and a step's time are known, the law of `batch_capacity_blocks` says how much KV may be in use:
-C batches of K blocks each. Batch by batch needs one batch more than stages, since the loads of a step run beside the
-step before it and so have to be known by then; layer by layer needs none.
+Where the link's rate and a step's time are known, the capacity law (`kv.capacity_law`) says how much KV may be in use:
+C batches of K blocks each. Loads of whole batches need one batch more than stages, since those of a step run beside the
+step before it and so have to be known by then; layer by layer needs none, and less room on the device, so it keeps more
+KV in use with every link. Whole batches are for stages with too few layers.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from batchpipe.kv.capacity_law import BATCH_BUFFERS, batch_capacity_blocks
 from batchpipe.kv.layout import saves_room
-from batchpipe.scheduler.offload.selection import BATCH_BUFFERS, batch_capacity_blocks
 
-OffloadMode = Literal["none", "batch", "layer", "both"]
+OffloadMode = Literal["none", "batch", "layer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def choose_offload(
 
     needed_blocks: of all sequences that may run at a time. step_seconds: of a step on one stage.
     link_bytes_per_second, block_bytes: of the stage whose link carries the fewest blocks a second.
-    None: not known; the choice goes by the number of stages then.
+    None: not known; host memory is used then.
     streams_per_block: as in `Capacity`.
     """
     if host_blocks == 0:
@@ -58,36 +59,19 @@ def choose_offload(
         )
     if needed_blocks is not None and needed_blocks <= device_blocks:
         return OffloadChoice("none", f"the device's {device_blocks} blocks hold all that can run at a time")
-    if not saves_room(streams_per_block):
-        return OffloadChoice("batch", "a stage of fewer than four layers has too few to stream them")
-    if num_stages == 1:
-        return OffloadChoice("layer", "one stage: no other batch computes while KV comes, but other layers do")
-    if step_seconds is None or link_bytes_per_second is None:
-        return OffloadChoice("batch", f"{num_stages} stages; the link's rate is not known")
-    return _of_law(
-        num_stages,
-        device_blocks,
-        host_blocks if needed_blocks is None else min(host_blocks, needed_blocks),
-        budget_blocks=int(step_seconds * link_bytes_per_second / block_bytes),
-        streams_per_block=streams_per_block,
-    )
-
-
-def _of_law(
-    num_stages: int, device_blocks: int, useful_blocks: float, *, budget_blocks: int, streams_per_block: int
-) -> OffloadChoice:
-    """Of a pipeline: batch by batch if that carries what is useful, else layers besides."""
-    num_batches = num_stages + 1
-
-    def running_blocks(num_buffers: float) -> float:
-        return num_batches * float(batch_capacity_blocks(device_blocks, budget_blocks, num_batches, num_buffers))
-
-    by_batch, by_both = running_blocks(BATCH_BUFFERS), running_blocks(1 / streams_per_block)
+    layerwise = saves_room(streams_per_block)
+    mode = "layer" if layerwise else "batch"
+    how = "layer by layer beside a step" if layerwise else "a stage of fewer than four layers has too few to stream"
+    if num_stages == 1 or step_seconds is None or link_bytes_per_second is None:
+        return OffloadChoice(mode, how)
+    # Of a pipeline nothing but the link decides whether more can run than the device holds.
+    num_batches = num_stages + (not layerwise)
+    budget_blocks = int(step_seconds * link_bytes_per_second / block_bytes)
+    num_buffers = 1 / streams_per_block if layerwise else BATCH_BUFFERS
+    running_blocks = int(num_batches * batch_capacity_blocks(device_blocks, budget_blocks, num_batches, num_buffers))
     carried = f"the link carries {budget_blocks} blocks in a step"
-    if by_both <= device_blocks:
+    if running_blocks <= device_blocks:
         return OffloadChoice("none", f"{carried}: no more can run than the device's {device_blocks} blocks hold")
-    if by_batch >= useful_blocks or by_batch >= by_both:
-        return OffloadChoice("batch", f"{carried}, so batches may have {by_batch:.0f} of {useful_blocks:.0f} blocks")
-    return OffloadChoice(
-        "both", f"{carried}: batches may have {by_batch:.0f} blocks, and {by_both:.0f} if layers come beside the step"
-    )
+    useful_blocks = host_blocks if needed_blocks is None else min(host_blocks, needed_blocks)
+    carried += f", so batches may have {min(running_blocks, useful_blocks):.0f} of {useful_blocks:.0f} useful blocks"
+    return OffloadChoice(mode, f"{how}; {carried}")

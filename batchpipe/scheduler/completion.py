@@ -1,4 +1,4 @@
-"""How a sequence ends: with a drawn token, or with an error. A row leaves when the last of its samples has ended."""
+"""How a sequence ends: with a sampled token, or with an error. A row ends with the last of its samples."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from batchpipe.types import Completion, ErrorCode, FinishedRequest
 class SequenceEnds:
     """`take` what is finished since the last time."""
 
-    def __init__(self, residents: RunningSet) -> None:
-        self._residents = residents
-        self._state = residents.state
+    def __init__(self, running_set: RunningSet) -> None:
+        self._running_set = running_set
+        self._state = running_set.state
         self._finished: list[FinishedRequest] = []
 
     def take(self) -> list[FinishedRequest]:
@@ -20,7 +20,7 @@ class SequenceEnds:
         return finished
 
     def take_token(self, sequence: SequenceState, token_id: int) -> None:
-        """A token of a sequence that is in no step any more; it ends with it, or is ready for the next."""
+        """Takes the token in that a step sampled for a sequence; it ends with it, or is ready for the next step."""
         if token_id < 0:
             self._fail(sequence, "the model's logits are not finite for this row", ErrorCode.INVALID_LOGITS)
             return
@@ -29,11 +29,11 @@ class SequenceEnds:
         if end is None:
             self._state.ready.append(sequence)
         else:
-            self._residents.leave(sequence)
+            self._running_set.leave(sequence)
             self._close(sequence, sequence.completion(*end))
 
     def fail_too_large(self, sequence: SequenceState) -> None:
-        """The next token would need more KV than there is, even alone."""
+        """The next token would need more KV than there is for one sequence alone."""
         num_kv_tokens = self._most_blocks * self._state.ledger.block_tokens
         self._fail(
             sequence,
@@ -43,7 +43,7 @@ class SequenceEnds:
         )
 
     def fail_what_cannot_fit(self) -> None:
-        """With nothing in flight and nothing running, whoever still waits at the head can never run."""
+        """With nothing in flight and nothing running, a request that does not fit now never will."""
         state = self._state
         while (
             state.waiting
@@ -58,7 +58,7 @@ class SequenceEnds:
 
     def _fail(self, sequence: SequenceState, message: str, code: ErrorCode) -> None:
         if sequence.sequence_id in self._state.running:
-            self._residents.leave(sequence)
+            self._running_set.leave(sequence)
         self._close(sequence, sequence.completion(None, error=(code, message)))
 
     def _close(self, sequence: SequenceState, completion: Completion) -> None:

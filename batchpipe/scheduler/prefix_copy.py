@@ -1,4 +1,4 @@
-"""Prompts that begin alike, beyond the blocks that they share: KV is copied from a sequence that has it.
+"""Common beginnings of prompts beyond the blocks that they share: their KV is copied from a sequence that has it.
 
 Most prompts of a chat begin with the same few tokens, fewer than a block holds.
 """
@@ -28,16 +28,16 @@ class PrefixCopies:
         self._donor, self._num_known = sequence, len(sequence.prompt)
 
     def forget(self, sequence: SequenceState, running: Iterable[SequenceState]) -> None:
-        """The sequence gives its blocks back; if it was the donor, the oldest that runs takes its place."""
+        """The sequence gives its blocks back; if it was the donor, the oldest running one takes its place."""
         if self._donor is not sequence:
             return
         self._donor = next(iter(running), None)
         self._num_known = 0 if self._donor is None else min(self._donor.num_scheduled, len(self._donor.prompt))
 
     def take(self, sequence: SequenceState) -> tuple[SequenceState, int] | None:
-        """Whom to copy from for a newly admitted sequence, and how many tokens the two have in common.
+        """The sequence to copy from for a newly admitted one, and the number of first tokens that both have.
 
-        Its last token is always computed, and what it already has, `num_scheduled` tokens, is not copied.
+        The new one's last token is always computed, and its first `num_scheduled` tokens, which have KV, do not count.
         """
         if self._donor is None:
             return None
@@ -49,7 +49,7 @@ class PrefixCopies:
 
 
 def common_length(first: Int32Array, second: Int32Array) -> int:
-    """How many tokens two prompts begin with in common."""
+    """The number of first tokens that two prompts share."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length

@@ -1,4 +1,4 @@
-"""Who holds KV: admission with blocks and a block table, growth, and giving everything back."""
+"""The sequences that hold KV: admission with blocks and a block table, growth, preemption, and release."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ logger = logging.getLogger(__name__)
 
 
 class RunningSet:
-    """Keeps `SchedulerState.running`, the ledger and the block tables in step, and what the next Step must say of them.
+    """Keeps `SchedulerState.running`, the ledger and the block tables in line, and the news that the next Step carries.
 
-    pager: where there are two tiers. The ledger and `tables` are then those of the host.
+    swap: where there are two tiers. The ledger and `tables` are then those of the host.
     """
 
-    def __init__(self, state: SchedulerState, pager: SwapScheduler | None) -> None:
+    def __init__(self, state: SchedulerState, swap: SwapScheduler | None) -> None:
         self.state = state
         self.tables = BlockTables(state.max_running)
-        self.beginnings = PrefixCopies()
+        self.prefix_copies = PrefixCopies()
         self.started: list[SequenceState] = []
         self.released: list[int] = []
         self.copied_blocks: list[tuple[int, int]] = []
@@ -31,7 +31,7 @@ class RunningSet:
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.num_corrupt = 0
-        self._pager = pager
+        self._swap = swap
         self.next_admission = 0
 
     def admit(self) -> bool:
@@ -45,11 +45,11 @@ class RunningSet:
         fresh = ledger.grow(sequence.sequence_id, sequence.num_tokens)
         assert fresh is not None, "admitted without room"
         blocks = [*shared, *fresh]
-        if self._pager is not None and not self._pager.admit(sequence, shared, fresh):
+        if self._swap is not None and not self._swap.admit(sequence, shared, fresh):
             ledger.release(sequence.sequence_id)
             return False
         state.waiting.pop()
-        sequence.room_tokens = len(blocks) * ledger.block_tokens
+        sequence.allocated_tokens = len(blocks) * ledger.block_tokens
         sequence.num_shared_tokens = sequence.num_scheduled = len(shared) * ledger.block_tokens
         sequence.slot = self.tables.take_slot()
         self.tables.append(sequence.slot, 0, blocks)
@@ -59,7 +59,7 @@ class RunningSet:
         state.context_tokens += sequence.num_tokens
         self.started.append(sequence)
         state.prefilling.append(sequence)
-        self._copy_beginning(sequence, blocks)
+        self._copy_prefix(sequence, blocks)
         sequence.num_reused_tokens = sequence.num_scheduled
         self.num_reused_tokens += sequence.num_reused_tokens
         return True
@@ -71,10 +71,10 @@ class RunningSet:
         blocks = ledger.grow(sequence.sequence_id, sequence.num_tokens)
         if blocks is None:
             return False
-        if self._pager is not None:
-            self._pager.extend(sequence, blocks)
+        if self._swap is not None:
+            self._swap.extend(sequence, blocks)
         self.tables.append(sequence.slot, num_owned, blocks)
-        sequence.room_tokens += len(blocks) * ledger.block_tokens
+        sequence.allocated_tokens += len(blocks) * ledger.block_tokens
         return True
 
     def leave(self, sequence: SequenceState) -> None:
@@ -83,11 +83,11 @@ class RunningSet:
         state = self.state
         del state.running[sequence.sequence_id]
         state.context_tokens -= sequence.num_tokens
-        if self._pager is not None:
-            self._pager.residency.leave(sequence.sequence_id)
+        if self._swap is not None:
+            self._swap.device_cache.leave(sequence.sequence_id)
         state.ledger.release(sequence.sequence_id)
         self.tables.release_slot(sequence.slot)
-        self.beginnings.forget(sequence, state.running.values())
+        self.prefix_copies.forget(sequence, state.running.values())
         for queue in (state.ready, state.prefilling):
             if sequence in queue:
                 queue.remove(sequence)
@@ -97,7 +97,7 @@ class RunningSet:
             self.released.append(sequence.sequence_id)
 
     def preempt(self, sequence: SequenceState) -> None:
-        """It loses its KV, keeps what it generated, and waits at the head of the line."""
+        """The sequence loses its KV, keeps what it generated, and waits first in line."""
         self.num_preemptions += 1
         self.num_recomputed_tokens += sequence.num_scheduled
         self.leave(sequence)
@@ -105,53 +105,56 @@ class RunningSet:
         self.state.waiting.put_back(sequence)
 
     def find_corrupt(self, sequence: SequenceState, found: str, first_admission: int) -> None:
-        """A step computed with KV that is not what was written. Nobody shares the sequence's blocks any more, and who
-        was admitted since may have shared, or copied, what the step computed.
+        """A step computed with KV that is not what was written. No other sequence shares these blocks any more, and
+        those admitted since may have shared, or copied, what the step computed.
         """
         self.num_corrupt += 1
         logger.warning("%s; row %s is computed again", found, sequence.group.request.key.row_id)
-        sequence.distrusted = True
+        sequence.is_corrupt = True
         for other in list(self.state.running.values()):
             if other.admission >= first_admission and other.num_reused_tokens > 0:
-                other.distrusted = True
-        for other in [other for other in self.state.running.values() if other.distrusted]:
-            self.state.ledger.distrust(other.sequence_id)
+                other.is_corrupt = True
+        for other in [other for other in self.state.running.values() if other.is_corrupt]:
+            self.state.ledger.withdraw(other.sequence_id)
             self.retract(other)
 
     def retract(self, sequence: SequenceState) -> None:
-        """A distrusted sequence is computed again, once no step has it; until then it gets no further."""
+        """A sequence with corrupt KV is computed again, once no step has it; until then it gets no further."""
         if sequence in self.state.prefilling:
             self.state.prefilling.remove(sequence)
         if sequence.num_in_flight == 0 and sequence.sequence_id in self.state.running:
-            sequence.distrusted = False
+            sequence.is_corrupt = False
             self.preempt(sequence)
 
     def forget_news(self) -> None:
-        """The stages know nothing any more."""
+        """For stages that were started anew and know no sequence."""
         self.started, self.released, self.copied_blocks = [], [], []
 
-    def build_step(self, step_id: int, chunks: list[Chunk]) -> Step:
-        """The step of these chunks, with all that has to be said since the last one."""
+    def build_step(self, step_id: int, decodes: list[Chunk], prefills: list[Chunk]) -> Step:
+        """The step of these chunks, with the sequences started and released and blocks copied since the last one."""
+        chunks = decodes + prefills
         block_tokens = self.state.ledger.block_tokens
         num_blocks = max(-(-(chunk.num_context + chunk.num_tokens) // block_tokens) for chunk in chunks)
         tables = self.tables.gather([chunk.sequence.slot for chunk in chunks], num_blocks)
         copied_blocks, transfers = self.copied_blocks, None
-        if self._pager is not None:
-            tables, transfers = self._pager.take_transfers(chunks, tables, copied_blocks)
-            copied_blocks = [self._pager.places_of(pair) for pair in copied_blocks]
+        if self._swap is not None:
+            tables, transfers = self._swap.take_transfers(chunks, tables, copied_blocks)
+            copied_blocks = [self._swap.places_of(pair) for pair in copied_blocks]
         step = build_step(step_id, chunks, tables, transfers, self.started, self.released, copied_blocks)
+        if complete := [chunk.sequence for chunk in prefills if chunk.samples]:
+            self.prefix_copies.learn(complete[-1])
         self.forget_news()
         return step
 
-    def _copy_beginning(self, sequence: SequenceState, blocks: list[int]) -> None:
-        """What it has in common with another beyond whole blocks is copied, not computed."""
-        found = self.beginnings.take(sequence)
+    def _copy_prefix(self, sequence: SequenceState, blocks: list[int]) -> None:
+        """KV of the tokens that it has in common with another prompt beyond whole blocks is copied, not computed."""
+        found = self.prefix_copies.take(sequence)
         if found is None:
             return
         donor, num_alike = found
-        if donor.distrusted:
+        if donor.is_corrupt:
             return
-        if self._pager is not None and not self._pager.lends(donor):
+        if self._swap is not None and not self._swap.lends(donor):
             return
         first = sequence.num_scheduled // self.state.ledger.block_tokens
         last = self.state.ledger.blocks_for(num_alike)

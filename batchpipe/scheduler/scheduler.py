@@ -3,21 +3,26 @@
 Sequences wait, are admitted with blocks for all their tokens, are prefilled in chunks, then draw one token a step.
 A sequence may have several prefill chunks in flight, since every stage runs its steps in order; it has at most one
 step in flight that draws a token. With two tiers of KV, blocks are those of the host, and a sequence that the device
-has no room for keeps its KV there (`SwapScheduler`). Where blocks run out the sequence admitted last gives its own back
-and is computed again later (preemption by recompute), so the oldest sequence always goes on and nothing waits for ever.
+has no room for keeps its KV there (`SwapScheduler`).
+
+A step is made in three parts: a `Policy` proposes its shape, `_select` picks the ready sequences that decode, and the
+`Allocator` commits blocks and chunks. Where the job's policy finds nothing to do and nothing is in flight, another
+one makes sure of progress (`MakeProgress`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from batchpipe.cost.model import CostModel
 from batchpipe.kv.block_manager import BlockManager
+from batchpipe.scheduler.allocator import Allocator
 from batchpipe.scheduler.completion import SequenceEnds
 from batchpipe.scheduler.intake import Intake
 from batchpipe.scheduler.offload.swap_scheduler import SwapScheduler
+from batchpipe.scheduler.policies.base import Policy, StepShape
+from batchpipe.scheduler.policies.progress import MakeProgress
 from batchpipe.scheduler.policies.schedules import SCHEDULES
 from batchpipe.scheduler.running_set import RunningSet
 from batchpipe.scheduler.sequence import SequenceState, StopMatcher
@@ -37,19 +42,22 @@ from batchpipe.types import (
 class InFlight(NamedTuple):
     """What the scheduler must know of a step when its result comes."""
 
-    chunks: tuple[Chunk, ...]
+    chunks: list[Chunk]
     has_decodes: bool
     transfers: Transfers | None
     first_admission: int  # of the sequences that were admitted for this step or later
 
 
 class Scheduler:
-    """`state.survival` may be renewed at any time between steps; `cost` is what policies take a step's time from."""
+    """policy: a schedule's name, or a policy of one's own. `state.survival` may be renewed between any two steps.
+
+    stream_of: (seed, row id, sample) to the number of a random stream. cost: what policies take a step's time from.
+    """
 
     def __init__(
         self,
         capacity: Capacity,
-        schedule: str,
+        policy: str | Policy,
         eos_token_ids: frozenset[int],
         stream_of: Callable[[int, str, int], int],
         matcher_of: Callable[[SamplingParams], StopMatcher | None],
@@ -58,12 +66,14 @@ class Scheduler:
         self.capacity = capacity
         self.ledger = BlockManager(capacity.num_host_blocks or capacity.num_blocks, capacity.block_tokens)
         self.state = SchedulerState(capacity, self.ledger, cost=cost)
-        self.pager = SwapScheduler(self.state) if capacity.num_host_blocks else None
+        self.swap = SwapScheduler(self.state) if capacity.num_host_blocks else None
         self.num_phase_switches = 0  # from steps that prefill to steps that only decode, and back
         self._arrivals = Intake(eos_token_ids, stream_of, matcher_of)
-        self._residents = RunningSet(self.state, self.pager)
-        self._endings = SequenceEnds(self._residents)
-        self._policy = SCHEDULES[schedule]()
+        self._running_set = RunningSet(self.state, self.swap)
+        self._ends = SequenceEnds(self._running_set)
+        self._allocator = Allocator(self._running_set, self._ends, self.swap)
+        self._policy = SCHEDULES[policy]() if isinstance(policy, str) else policy
+        self._progress = MakeProgress()
         self._in_flight: dict[int, InFlight] = {}
         self._num_decoding = 0  # steps in flight with decodes
         self._prefilled_last = False
@@ -95,29 +105,29 @@ class Scheduler:
 
     @property
     def num_preemptions(self) -> int:
-        return self._residents.num_preemptions
+        return self._running_set.num_preemptions
 
     @property
     def num_recomputed_tokens(self) -> int:
-        return self._residents.num_recomputed_tokens
+        return self._running_set.num_recomputed_tokens
 
     @property
     def num_corrupt(self) -> int:
-        """Times that a sequence's KV came back from the host with another content."""
-        return self._residents.num_corrupt
+        """Times that a sequence's KV came back from the host changed."""
+        return self._running_set.num_corrupt
 
     @property
     def num_reused_tokens(self) -> int:
-        """Prompt tokens that were not computed, as another sequence that begins alike had their KV."""
-        return self._residents.num_reused_tokens
+        """Prompt tokens that were not computed, since the KV of another prompt with the same beginning served."""
+        return self._running_set.num_reused_tokens
 
     @property
     def peak_device_blocks(self) -> int:
-        return (self.pager.residency if self.pager else self.ledger).peak_used_blocks
+        return (self.swap.device_cache if self.swap else self.ledger).peak_used_blocks
 
     @property
     def peak_host_blocks(self) -> int:
-        return self.ledger.peak_used_blocks if self.pager else 0
+        return self.ledger.peak_used_blocks if self.swap else 0
 
     @property
     def idle(self) -> bool:
@@ -130,33 +140,24 @@ class Scheduler:
                 self.state.waiting.append(sequence)
 
     def take_finished(self) -> list[FinishedRequest]:
-        return self._endings.take()
+        return self._ends.take()
 
     def next_step(self) -> Step | None:
         """The next step to submit, or None where a result, or more requests, must come first."""
-        first_admission = self._residents.next_admission
-        if self.pager is not None:
-            self.pager.begin_step(self._next_step_id, idle=not self._in_flight)
-        shape = self._policy.choose(self.state)
-        decodes = self._take_decodes(shape.num_decodes, shape.num_prefill_tokens)
-        prefills = self._take_prefills(shape.num_prefill_tokens, len(decodes))
-        while not (decodes or prefills or self._in_flight or self.idle):  # each time somebody runs, ends or lets go
-            self._endings.fail_what_cannot_fit()
-            if self.pager is not None:
-                self.pager.begin_step(self._next_step_id, idle=True)
-            if not self.state.prefilling:  # a prompt that was begun keeps its place on the device until it is done
-                decodes = self._take_decodes(self.capacity.max_batch_sequences, 0) or self._take_oldest()
-            prefills = [] if decodes else self._take_prefills(self.capacity.max_step_tokens, 0)
-        chunks = decodes + prefills
-        if not chunks:
+        first_admission = self._running_set.next_admission
+        decodes, prefills = self._fill(self._policy)
+        while not (decodes or prefills or self._in_flight or self.idle):
+            self._ends.fail_what_cannot_fit()
+            decodes, prefills = self._fill(self._progress)
+        if not decodes and not prefills:
             return None
         self.num_phase_switches += bool(prefills) != self._prefilled_last
         self._prefilled_last = bool(prefills)
-        step = self._residents.build_step(self._next_step_id, chunks)
+        step = self._running_set.build_step(self._next_step_id, decodes, prefills)
         self._next_step_id += 1
-        if whole := [chunk.sequence for chunk in prefills if chunk.samples]:
-            self._residents.beginnings.learn(whole[-1])
-        self._in_flight[step.step_id] = InFlight(tuple(chunks), bool(decodes), step.transfers, first_admission)
+        if self.swap is not None:
+            self.swap.foresee(step, len(decodes))
+        self._in_flight[step.step_id] = InFlight(decodes + prefills, bool(decodes), step.transfers, first_admission)
         self._num_decoding += bool(decodes)
         return step
 
@@ -164,8 +165,8 @@ class Scheduler:
         """Takes a step's tokens in; whatever ends with them leaves by `take_finished`."""
         chunks, has_decodes, transfers, first_admission = self._in_flight.pop(result.step_id)
         self._num_decoding -= has_decodes
-        if self.pager is not None and transfers is not None:
-            self.pager.observe(transfers, result)
+        if self.swap is not None and transfers is not None:
+            self.swap.observe(transfers, result)
         token_ids: list[int] = result.token_ids.tolist()
         position = 0
         for chunk in chunks:
@@ -174,15 +175,15 @@ class Scheduler:
             token_id = token_ids[position] if chunk.samples else None
             position += chunk.samples
             if found := result.corrupt.get(sequence.sequence_id):
-                self._residents.find_corrupt(sequence, found, first_admission)
-            if found or sequence.distrusted:
-                self._residents.retract(sequence)
+                self._running_set.find_corrupt(sequence, found, first_admission)
+            if found or sequence.is_corrupt:
+                self._running_set.retract(sequence)
                 continue
             if token_id is None:
                 continue
             if result.logprobs and (logprobs := result.logprobs.get(sequence.sequence_id)) is not None:
                 sequence.logprobs.append(logprobs)
-            self._endings.take_token(sequence, token_id)
+            self._ends.take_token(sequence, token_id)
         assert position == len(token_ids), "a step's result does not fit its step"
 
     def requeue_all(self) -> None:
@@ -194,99 +195,47 @@ class Scheduler:
         self._num_decoding = 0
         for sequence in reversed(list(self.state.running.values())):
             sequence.num_in_flight = 0
-            sequence.distrusted = False
-            self._residents.preempt(sequence)
+            sequence.is_corrupt = False
+            self._running_set.preempt(sequence)
         self.ledger.forget_prefixes()
-        self._residents.forget_news()
+        self._running_set.forget_news()
 
     def check_integrity(self) -> None:
         state = self.state
         self.ledger.check_integrity()
         assert self.ledger.num_used == len({block for i in state.running for block in self.ledger.owned(i)})
         for i, sequence in state.running.items():
-            assert sequence.room_tokens == self.ledger.num_owned(i) * self.ledger.block_tokens
+            assert sequence.allocated_tokens == self.ledger.num_owned(i) * self.ledger.block_tokens
         assert state.context_tokens == sum(sequence.num_tokens for sequence in state.running.values())
         parked = len(state.ready) + len(state.prefilling)
         assert parked + sum(s.num_in_flight > 0 for s in state.running.values()) >= len(state.running)
-        if self.pager is not None:
-            self.pager.check_integrity()
+        if self.swap is not None:
+            self.swap.check_integrity()
 
     # -- what a step is made of ----------------------------------------------------------------------------------
 
-    def _take_decodes(self, num_decodes: int, num_prompt_tokens: int) -> list[Chunk]:
-        """A block for one sequence may cost another its place, even one that was drawn with it."""
-        if num_decodes <= 0 or not self.state.ready:
-            return []
-        if self.pager is None:
-            drawn = self._policy.draw(self.state, num_decodes)
-        else:
-            drawn = self.pager.draw(self._policy, num_decodes, num_prompt_tokens)
-        chunks: list[Chunk] = []
-        for sequence in drawn:
-            if sequence.sequence_id in self.state.running and self._hold(sequence):
-                chunks.append(self._schedule_chunk(sequence, 1))
-        self.state.ready = deque(sequence for sequence in self.state.ready if sequence.num_in_flight == 0)
-        return chunks
-
-    def _take_oldest(self) -> list[Chunk]:
-        """With nothing in flight the device is there for one sequence alone: it runs, or it never can."""
-        while self.pager is not None and self.state.ready:
-            sequence = self.state.ready[0]
-            if self.pager.bring_alone(sequence) and self._hold(sequence):
-                self.state.ready.popleft()
-                return [self._schedule_chunk(sequence, 1)]
-            if sequence.sequence_id in self.state.running:
-                self._endings.fail_too_large(sequence)
-        return []
-
-    def _take_prefills(self, num_tokens: int, num_sequences: int) -> list[Chunk]:
-        chunks: list[Chunk] = []
+    def _fill(self, policy: Policy) -> tuple[list[Chunk], list[Chunk]]:
+        """The decodes and the prefills of the next step: the policy proposes a shape, the allocator commits."""
         state = self.state
-        max_sequences = self.capacity.max_batch_sequences - num_sequences
-        while num_tokens > 0 and len(chunks) < max_sequences:
-            if not state.prefilling and not self._admit_next():
-                break
-            sequence = state.prefilling[0]
-            num_chunk = min(num_tokens, sequence.num_tokens - sequence.num_scheduled)
-            chunks.append(self._schedule_chunk(sequence, num_chunk))
-            self.ledger.learn(sequence.sequence_id, sequence.prompt, sequence.num_scheduled)
-            num_tokens -= num_chunk
-            if sequence.num_scheduled == sequence.num_tokens:
-                state.prefilling.popleft()
-        return chunks
+        self._allocator.begin_step(self._next_step_id)
+        if self.swap is not None:
+            self.swap.begin_step(self._next_step_id, idle=not self._in_flight)
+        shape = policy.choose(state)
+        decodes: list[Chunk] = []
+        if shape.num_decodes > 0 and state.ready:
+            decodes = self._allocator.decode(self._select(policy, shape))
+            if not decodes and shape.is_last_resort:
+                decodes = self._allocator.decode_oldest()
+        max_prefills = self.capacity.max_batch_sequences - len(decodes)
 
-    def _admit_next(self) -> bool:
-        """With nothing running whatever fits is admitted, so that no policy can wait for ever."""
-        state = self.state
-        if not state.waiting:
-            return False
-        sequence = state.waiting.first
-        admits = self._policy.admits(state, sequence) if state.running else state.has_blocks(sequence)
-        return admits and self._residents.admit()
+        def admits(sequence: SequenceState) -> bool:
+            return policy.admits(state, sequence)
 
-    def _schedule_chunk(self, sequence: SequenceState, num_tokens: int) -> Chunk:
-        context = sequence.num_scheduled
-        sequence.num_scheduled += num_tokens
-        sequence.num_in_flight += 1
-        sequence.last_step = self._next_step_id
-        if self.pager is not None:
-            self.pager.keep(sequence)
-        return Chunk(sequence, context, num_tokens, sequence.num_scheduled == sequence.num_tokens)
+        return decodes, self._allocator.prefill(shape.num_prefill_tokens, max_prefills, admits)
 
-    # -- where blocks run out ------------------------------------------------------------------------------------
-
-    def _hold(self, sequence: SequenceState) -> bool:
-        """Makes sure of a block for the sequence's next token, at the cost of later sequences if need be."""
-        if sequence.num_tokens <= sequence.room_tokens:
-            return True
-        if self.pager is not None and not self.pager.has_room(sequence):
-            return False
-        while not self._residents.grow(sequence):
-            if len(self.state.running) == 1:
-                self._endings.fail_too_large(sequence)
-                return False
-            victim = next(s for s in reversed(self.state.running.values()) if s.num_in_flight == 0)
-            self._residents.preempt(victim)
-            if victim is sequence:
-                return False
-        return True
+    def _select(self, policy: Policy, shape: StepShape) -> list[SequenceState]:
+        """The ready sequences that decode; what they need may still preempt some of them."""
+        state, num_decodes = self.state, shape.num_decodes
+        if self.swap is not None:
+            return self.swap.select(policy, num_decodes, shape.num_prefill_tokens)
+        return policy.select(state, list(state.ready), num_decodes, state.mean_context_tokens * num_decodes)

@@ -1,4 +1,4 @@
-"""The scheduler's own record of one sample on its way; nothing outside `plan` sees it."""
+"""The scheduler's own record of one sample on its way; nothing outside the scheduler sees it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RequestGroup:
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """One sample. `num_scheduled` tokens have their KV written, or will have when the steps in flight are done."""
+    """One sample. The KV of `num_scheduled` tokens is written once the steps in flight are done."""
 
     sequence_id: int
     group: RequestGroup
@@ -56,17 +56,17 @@ class SequenceState:
     prompt: Int32Array
     num_tokens: int  # of prompt and generated text together
     max_tokens: int
-    end_token_ids: frozenset[int]  # whichever is drawn ends it
+    end_token_ids: frozenset[int]  # each of them ends the sequence
     length_class: int
     slot: int = -1
     admission: int = -1
-    room_tokens: int = 0  # what its blocks hold
-    num_shared_tokens: int = 0  # whose blocks it shares with others
-    num_reused_tokens: int = 0  # whose KV it had when it was admitted
+    allocated_tokens: int = 0  # that its blocks hold
+    num_shared_tokens: int = 0  # in blocks that it shares with others
+    num_reused_tokens: int = 0  # with KV when it was admitted
     num_scheduled: int = 0
-    last_step: int = -1  # the last one that it is part of
+    last_step: int = -1  # that it is part of
     num_in_flight: int = 0
-    distrusted: bool = False  # its KV is wrong, and steps in flight still read it
+    is_corrupt: bool = False  # its KV is wrong, and steps in flight still read it
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 

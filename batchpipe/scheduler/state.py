@@ -1,4 +1,4 @@
-"""What the scheduler knows and policies look at: the queues, who runs, the blocks, what lengths and time to expect."""
+"""What the scheduler knows and policies look at: queues, running sequences, KV blocks, expected lengths and times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from batchpipe.types import Capacity
 
 @dataclass(slots=True)
 class SchedulerState:
-    """A sequence waits, is admitted (it runs from then on), is prefilled in pieces, then is ready or in flight."""
+    """A sequence waits, is admitted (it runs from then on), is prefilled in chunks, then is ready or in flight.
+
+    limit_blocks: KV of running sequences at most: with two tiers, what the link can keep in motion.
+    """
 
     capacity: Capacity
     ledger: BlockManager
@@ -26,8 +29,8 @@ class SchedulerState:
     prefilling: deque[SequenceState] = field(default_factory=deque)
     ready: deque[SequenceState] = field(default_factory=deque)
     running: dict[int, SequenceState] = field(default_factory=dict)  # in order of admission
-    context_tokens: int = 0  # of all that run, together
-    limit_blocks: int = field(init=False)  # KV that can be kept in motion: what may run is no more than this
+    context_tokens: int = 0  # of all running sequences together
+    limit_blocks: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.limit_blocks = self.ledger.num_blocks
@@ -42,17 +45,30 @@ class SchedulerState:
         share = -(-len(self.running) // self.capacity.max_batches)
         return min(len(self.ready), share, self.capacity.max_batch_sequences)
 
-    def has_blocks(self, sequence: SequenceState, num_reserved: int = 0) -> bool:
-        """All of the sequence's tokens so far find room, and so many blocks stay free."""
+    @property
+    def mean_context_tokens(self) -> float:
+        """Of the running sequences, of which there is one at least."""
+        return self.context_tokens / len(self.running)
+
+    @property
+    def has_two_tiers(self) -> bool:
+        return self.capacity.num_host_blocks > 0
+
+    def has_blocks(self, sequence: SequenceState, num_reserved: int = 0, limit_blocks: int | None = None) -> bool:
+        """Whether all of the sequence's tokens so far find room, with `num_reserved` blocks left.
+
+        limit_blocks: of all running sequences; None: the state's own.
+        """
         if len(self.running) >= self.max_running:
             return False
-        num_spare = min(self.ledger.num_free, self.limit_blocks - self.ledger.num_used)
+        limit_blocks = self.limit_blocks if limit_blocks is None else limit_blocks
+        num_spare = min(self.ledger.num_free, limit_blocks - self.ledger.num_used)
         if num_spare <= num_reserved:
             return False
         return self.ledger.new_blocks_for(sequence.prompt, sequence.num_tokens) + num_reserved <= num_spare
 
     def blocks_of_prompts(self, num_tokens: int) -> int:
-        """What the waiting prompts would take that can begin in a step with so many tokens for prompts."""
+        """Blocks of the waiting prompts that can begin in a step which holds `num_tokens` tokens of prompts."""
         num_tokens -= sum(sequence.num_tokens - sequence.num_scheduled for sequence in self.prefilling)
         num_blocks = 0
         for sequence in islice(self.waiting, max(0, self.max_running - len(self.running))):

@@ -1,4 +1,4 @@
-"""Who waits to be admitted: in order of arrival, but prompts that begin alike stand together."""
+"""The sequences that wait for admission: in order of arrival, but prompts with a common beginning stand together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ GROUP_TOKENS = 64
 
 
 class WaitingQueue:
-    """Groups of sequences, by the first tokens of their prompts. Once a group's turn has come nobody joins it any more,
-    so that no other waits for ever.
+    """Groups of sequences, by the first tokens of their prompts. A group is closed once one of it was admitted, so that
+    no other group waits for ever.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class WaitingQueue:
         group.append(sequence)
 
     def put_back(self, sequence: SequenceState) -> None:
-        """Who was admitted and lost its place comes first."""
+        """A preempted sequence comes first."""
         self._size += 1
         self._groups.appendleft(deque([sequence]))
 

@@ -23,6 +23,10 @@ class FormulaCost:
     control_seconds: float = 0.0
     kv_links: tuple[KvLink, ...] = ()
 
+    @property
+    def distinct_stages(self) -> range:
+        return range(self.num_stages)
+
     def stage_seconds(self, stage: int, work: StepWork) -> float:
         return self.seconds(stage, work)
 

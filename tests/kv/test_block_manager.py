@@ -96,7 +96,7 @@ def test_distrusted_blocks_are_shared_no_more() -> None:
     ledger = BlockManager(num_blocks=8, block_tokens=4)
     ledger.grow(0, 12)
     ledger.learn(0, prompt_of(1, 2, 3), 12)
-    ledger.distrust(0)
+    ledger.withdraw(0)
     assert ledger.share(1, prompt_of(1, 2, 3), 12) == ()
     ledger.check_integrity()
 
@@ -129,5 +129,5 @@ def test_shared_blocks_hold_what_their_owners_ask_for(actions: list[tuple[str, i
             ledger.release(sequence_id)
             prompts.pop(sequence_id, None)
         elif action == "d" and sequence_id in prompts:
-            ledger.distrust(sequence_id)
+            ledger.withdraw(sequence_id)
         ledger.check_integrity()

@@ -79,13 +79,13 @@ def warned_rows(caplog: pytest.LogCaptureFixture) -> list[str]:
     [
         ("flipped", "batch", 1),
         ("flipped", "layer", 1),
-        ("flipped", "both", 2),
+        ("flipped", "layer", 2),
         ("wrong_source", "batch", 1),
-        ("wrong_source", "both", 2),
+        ("wrong_source", "layer", 2),
         ("wrong_target", "batch", 1),
-        ("wrong_target", "both", 2),
+        ("wrong_target", "layer", 2),
         ("late", "batch", 1),
-        ("late", "both", 2),
+        ("late", "layer", 2),
     ],
 )
 def test_rows_that_met_it_are_named_and_computed_again(

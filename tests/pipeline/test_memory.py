@@ -43,7 +43,7 @@ def test_both_tiers_have_the_same_number_of_blocks_on_every_stage(info: ModelInf
     assert (capacity.streams_per_block, capacity.offload) == (1, "batch")  # the smaller stage has 3 layers
 
 
-@pytest.mark.parametrize(("offload", "max_batches"), [("none", 2), ("layer", 2), ("batch", 3), ("both", 3)])
+@pytest.mark.parametrize(("offload", "max_batches"), [("none", 2), ("layer", 2), ("batch", 3)])
 def test_one_more_batch_circulates_where_loads_run_beside_the_batch_before(
     info: ModelInfo, offload: OffloadMode, max_batches: int
 ) -> None:

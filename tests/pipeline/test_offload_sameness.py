@@ -82,7 +82,7 @@ def open_deep(
             num_blocks=num_blocks,
             block_tokens=BLOCK_TOKENS,
             num_stages=num_stages,
-            max_batches=num_stages + (offload in ("batch", "both")),
+            max_batches=num_stages + (offload == "batch"),
             max_step_tokens=STEP_TOKENS,
             max_batch_sequences=BATCH_SEQUENCES,
             num_host_blocks=num_host_blocks,
@@ -103,7 +103,7 @@ def generate(pipeline: Pipeline, schedule: str = "hybrid") -> tuple[list[Finishe
     scheduler = engine.replicas[0].scheduler
     assert scheduler.num_corrupt == 0
     assert scheduler.ledger.num_used == 0
-    assert scheduler.pager is None or scheduler.pager.residency.num_used == 0
+    assert scheduler.swap is None or scheduler.swap.device_cache.num_used == 0
     return sorted(finished, key=lambda end: end.request.key.index), engine
 
 
@@ -134,7 +134,7 @@ def test_with_one_tier_it_is_what_transformers_says(architecture: str) -> None:
         assert own == [tokens[: row.sampling.max_tokens]]
 
 
-@pytest.mark.parametrize("offload", ["batch", "layer", "both"])
+@pytest.mark.parametrize("offload", ["batch", "layer"])
 @pytest.mark.parametrize(
     ("percent", "num_stages", "architecture"),
     [(100, 1, "qwen3"), (50, 2, "gemma3"), (25, 3, "qwen3"), (25, 1, "gemma3"), (10, 4, "qwen3"), (10, 2, "qwen3")],
@@ -153,7 +153,7 @@ def test_any_part_of_the_kv_on_the_device(percent: int, num_stages: int, archite
 
 
 @pytest.mark.parametrize("schedule", ["separate", "temporal"])
-@pytest.mark.parametrize("offload", ["batch", "layer", "both"])
+@pytest.mark.parametrize("offload", ["batch", "layer"])
 def test_where_the_host_is_short_too_rows_are_computed_again(offload: str, schedule: str) -> None:
     expected, num_needed = all_resident("qwen3", 3)
     pipeline = open_deep("qwen3", 3, offload, num_needed // 10, num_needed // 3)
@@ -164,14 +164,14 @@ def test_where_the_host_is_short_too_rows_are_computed_again(offload: str, sched
     assert scheduler.num_preemptions > 0 or schedule == "temporal"
 
 
-@pytest.mark.parametrize("offload", ["batch", "layer", "both"])
+@pytest.mark.parametrize("offload", ["batch", "layer"])
 def test_a_slow_link(offload: str) -> None:
     expected, num_needed = all_resident("qwen3", 2)
     finished, _ = generate(open_deep("qwen3", 2, offload, num_needed // 4, num_needed, link=SLOW))
     assert texts_of(finished) == expected
 
 
-@pytest.mark.parametrize(("num_stages", "offload"), [(1, "batch"), (2, "both")])
+@pytest.mark.parametrize(("num_stages", "offload"), [(1, "batch"), (2, "layer")])
 def test_in_processes(num_stages: int, offload: str) -> None:
     expected, num_needed = all_resident("qwen3", num_stages + 1)
     pipeline = open_deep("qwen3", num_stages, offload, num_needed // 8, num_needed // 2, workers=True)

@@ -130,7 +130,7 @@ def test_a_request_that_never_fits_is_counted_as_failed() -> None:
     assert (run.num_failed, run.num_requests, run.output_tokens) == (1, 2, 2)
 
 
-@pytest.mark.parametrize("offload", ["batch", "layer", "both"])
+@pytest.mark.parametrize("offload", ["batch", "layer"])
 def test_with_a_second_tier_every_row_computed_goes_to_the_host(offload: str) -> None:
     requests, by_stream = cases([(20 + i % 7, 40 + i % 31) for i in range(60)])
     link = KvLink(load_bytes_per_second=1e3, store_bytes_per_second=1e3, kv_bytes_per_token_layer=10, num_layers=4)

@@ -106,7 +106,7 @@ def test_the_plan_shows_both_tiers_and_why(tmp_path: Path, monkeypatch: pytest.M
     assert found["kv_capacity_tokens"] == (4 << 20) // BLOCK_BYTES * 8
     text = describe_plan(found)
     assert "and 0.00 GiB on the host" in text
-    assert "KV offload: layer (one stage: " in text
+    assert "KV offload: layer (layer by layer beside a step)" in text
 
 
 def test_the_plan_of_one_tier_says_so(tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def test_a_job_that_fits_the_device_whatever_its_rows_are_stays_there(info: Mode
     # Three replicas share 12 rows: 4 of them on each device.
     spec = engine(kv_device_memory=4 * row_blocks * block_bytes)
     assert place(GPUS, spec, info, 12).offload.mode == "none"
-    assert place(GPUS, spec, info, 13).offload.mode == "batch"
-    assert place(GPUS, spec, info).offload.mode == "batch"
+    assert place(GPUS, spec, info, 13).offload.mode == "layer"
+    assert place(GPUS, spec, info).offload.mode == "layer"
 
 
 def test_a_host_that_holds_no_more_than_the_device_is_not_used_or_refused(info: ModelInfo) -> None:
@@ -111,16 +111,17 @@ def test_a_host_that_holds_no_more_than_the_device_is_not_used_or_refused(info: 
             place(GPUS, engine(**sizes | {"kv_host_memory": 100 * block_bytes - 1}, offload=offload), info)
 
 
-def test_a_link_that_carries_less_than_is_needed_is_helped_by_layers(
+def test_the_reason_names_what_the_link_carries_where_it_is_known(
     info: ModelInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = place_on("2xl20", engine(), info)
-    assert found.offload.mode == "both"
+    assert found.offload.mode == "layer"
     assert "the link carries" in found.offload.reason
     assert found.cost is not None and isinstance(found.cost.model, RooflineCost)
     monkeypatch.setattr(found.cost.model, "kv_links", ())
     monkeypatch.setattr(placements, "known_cost", lambda *_: found.cost)
-    assert place_on("2xl20", engine(), info).offload.mode == "batch"
+    unknown = place_on("2xl20", engine(), info)
+    assert (unknown.offload.mode, "the link" in unknown.offload.reason) == ("layer", False)
 
 
 def test_a_model_without_weights_is_placed_on_hardware_by_its_name() -> None:

@@ -1,7 +1,7 @@
-"""Who leaves the device so that others find room there: whoever was used last, as its turn is furthest away.
+"""Which sequences are evicted so that others find room on the device: those used last, as their turn is furthest away.
 
-The host has a copy of all KV, so leaving costs nothing. Transfers run beside the step before, so they may only write to
-blocks that are cold, that is, which that step does not use; what a step computes itself may go anywhere.
+The host has a copy of all KV, so evicting costs nothing. Transfers run beside the step before, so they may only write
+to blocks that are cold, that is, which that step does not use; what a step computes itself may go anywhere.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from batchpipe.scheduler.sequence import SequenceState
 from batchpipe.scheduler.state import SchedulerState
 
 
-class EvictionPolicy:
+class Eviction:
     """`needed`: sequences of the step that is being planned; they and prompts under way stay on the device."""
 
     def __init__(self, state: SchedulerState) -> None:
-        self.residency = DeviceCache(state.capacity.num_blocks, state.ledger.num_blocks)
+        self.device_cache = DeviceCache(state.capacity.num_blocks, state.ledger.num_blocks)
         self.needed: set[int] = set()
         self._state = state
         self._cold_step = -1
@@ -30,73 +30,76 @@ class EvictionPolicy:
         self._cold_step = cold_step
         self._victims = None
         self.needed.clear()
-        self.residency.begin_step(cold_step)
+        self.device_cache.begin_step(cold_step)
 
-    def missing(self, sequence: SequenceState) -> list[int]:
-        """Those of its host blocks that have no copy on the device."""
-        return self.residency.missing(self._state.ledger.owned(sequence.sequence_id))
+    def num_missing_blocks(self, sequence: SequenceState) -> int:
+        """How many of its host blocks have no copy on the device; the sequence is not resident."""
+        ledger = self._state.ledger
+        if ledger.num_shared == 0:
+            return ledger.num_owned(sequence.sequence_id)
+        return self.device_cache.num_missing(ledger.owned(sequence.sequence_id))
 
     @property
-    def most_cold_blocks(self) -> int:
-        """Cold blocks there would be if all left who may; fewer where victims share blocks with others."""
+    def max_cold_blocks(self) -> int:
+        """Cold blocks there would be if all victims left; fewer where victims share blocks with others."""
         cold, _ = self._candidates()
-        return self.residency.num_cold + sum(map(self.residency.num_held, filter(self._may_leave, cold)))
+        return self.device_cache.num_cold + sum(map(self.device_cache.num_held, filter(self._may_leave, cold)))
 
-    def make_for(self, host_blocks: Sequence[int], num_warm: int) -> bool:
-        """Room for those of the blocks that are not on the device: evicting may make them more."""
-        num_missing = len(self.residency.missing(host_blocks))
-        while self.make(num_missing, num_warm):
-            if (num_more := len(self.residency.missing(host_blocks))) == num_missing:
+    def make_room_for(self, host_blocks: Sequence[int], num_warm: int) -> bool:
+        """Room for those of the blocks that are not on the device, whose number evicting may raise."""
+        num_missing = self.device_cache.num_missing(host_blocks)
+        while self.make_room(num_missing, num_warm):
+            if (num_more := self.device_cache.num_missing(host_blocks)) == num_missing:
                 return True
             num_missing = num_more
         return False
 
-    def make(self, num_cold: int, num_warm: int) -> bool:
-        """Evicts until so many blocks are free for transfers, and so many more for the step to write."""
-        residency = self.residency
-        # Blocks that a victim shares with others stay, so it may take more of them than it seems.
+    def make_room(self, num_cold: int, num_warm: int) -> bool:
+        """Evicts until `num_cold` blocks are free for transfers, and `num_warm` more for the step to write."""
+        cache = self.device_cache
+        # Blocks that a victim shares with others stay, so more victims may be needed than it seems.
         while True:
-            lacking_cold = num_cold - residency.num_cold
-            lacking = num_cold + num_warm - residency.num_free
+            lacking_cold = num_cold - cache.num_cold
+            lacking = num_cold + num_warm - cache.num_free
             if lacking_cold <= 0 and lacking <= 0:
                 return True
             cold, warm = self._candidates()
             leaving = self._victims_of(cold, lacking_cold)
             if leaving is None:
                 return False
-            lacking -= sum(map(residency.num_held, leaving))
+            lacking -= sum(map(cache.num_held, leaving))
             more = self._victims_of((i for i in chain(warm, cold) if i not in leaving), lacking)
             if more is None:
                 return False
             for sequence_id in leaving + more:
-                residency.leave(sequence_id)
+                cache.leave(sequence_id)
 
     def _victims_of(self, candidates: Iterable[int], num_blocks: int) -> list[int] | None:
-        """The first that may leave and hold so many blocks; None where all of them do not."""
+        """The first that may leave and hold `num_blocks` blocks together; None where all of them do not."""
         victims: list[int] = []
         if num_blocks <= 0:
             return victims
         for sequence_id in candidates:
             if self._may_leave(sequence_id):
                 victims.append(sequence_id)
-                num_blocks -= self.residency.num_held(sequence_id)
+                num_blocks -= self.device_cache.num_held(sequence_id)
                 if num_blocks <= 0:
                     return victims
         return None
 
     def _may_leave(self, sequence_id: int) -> bool:
-        return sequence_id not in self.needed and sequence_id in self.residency
+        return sequence_id not in self.needed and sequence_id in self.device_cache
 
     def _candidates(self) -> tuple[deque[int], deque[int]]:
-        """Who was on the device when the step first asked, the latest used first: those with cold blocks, and others.
+        """Residents when the step first asked, the latest used first: those with cold blocks, and others.
 
-        Who came since is needed. Whoever may not leave once may not for the rest of the step.
+        Those that became resident since are needed. What may not leave once may not for the rest of the step.
         """
         if self._victims is None:
             prompts = {sequence.sequence_id for sequence in self._state.prefilling}
             cold: deque[int] = deque()
             warm: deque[int] = deque()
-            for sequence_id, last_step in self.residency.latest_first():
+            for sequence_id, last_step in self.device_cache.latest_first():
                 if sequence_id not in prompts:
                     (cold if last_step <= self._cold_step else warm).append(sequence_id)
             self._victims = cold, warm

@@ -1,4 +1,4 @@
-"""How many blocks of KV a step may bring to the device, so that the link is full and nobody waits for it.
+"""How many blocks of KV a step may bring to the device, so that the link is full and no step waits for it.
 
 Forward, the budget is what the link carries while a step runs (PipeMax's sliding window, arXiv 2605.02189), by the rate
 of the last loads, or by the cost model's until something was loaded. Backward, the stall that was measured corrects it
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from batchpipe.cost.model import CostModel, seconds_without_stalls
-from batchpipe.scheduler.offload.selection import StallFeedback
 from batchpipe.types import LinkUse
 
 START_BLOCKS = 4
 GROWTH = 2
-# The median of so many steps' rates: a link that changes is believed in three, and one slow copy is not.
+# The median of this many steps' rates: a link that changes is believed in three, and one slow copy is not.
 _RATE_STEPS = 5
 # Of a budget, how far from it a step may load and still tell by its stall whether the budget is right.
 _NEAR = 0.25
@@ -27,6 +27,29 @@ _NEAR = 0.25
 _ALONE = 0.9
 # Of a step, the longest stall that is felt: the rate, not the factor, has to follow a link that became slow.
 _FELT = 0.1
+
+
+@dataclass(slots=True)
+class StallFeedback:
+    """Corrects the budget, a prediction, by the stall that was measured: proportional and integral, within bounds.
+
+    The aim is not to avoid every stall: noise makes some steps stall with any budget, and a smaller one loses batch.
+    """
+
+    factor: float = 1.0
+    _integral: float = 0.0
+
+    TARGET_SHARE = 0.01
+    PROPORTIONAL = 0.5
+    INTEGRAL = 0.2
+    LEAST, MOST = 0.1, 1.2
+
+    def observe(self, stall_seconds: float, step_seconds: float) -> None:
+        """The stall of a step beside the time it would have taken. A long stall counts as one of a whole step."""
+        error = self.TARGET_SHARE - min(1.0, stall_seconds / step_seconds)
+        # What is integrated stays within the factor's bounds, so it turns at once when the error does.
+        self._integral = min(max(self._integral + self.INTEGRAL * error, self.LEAST - 1), self.MOST - 1)
+        self.factor = min(max(1 + self._integral + self.PROPORTIONAL * error, self.LEAST), self.MOST)
 
 
 class PrefetchBudget:
@@ -54,7 +77,7 @@ class PrefetchBudget:
         return self._feedback.factor
 
     def blocks(self, step_seconds: float | None = None) -> int:
-        """Loaded and streamed blocks of a step at most, beside computing that takes so long; at least 1.
+        """Loaded and streamed blocks of a step at most, beside computing that takes `step_seconds`; at least 1.
 
         step_seconds: predicted, of the slowest stage; None: as long as the last step observed.
         """
@@ -69,11 +92,11 @@ class PrefetchBudget:
         return num_blocks
 
     def exposed_seconds(self, loaded_blocks: int) -> float:
-        """What a step waits for so many blocks whatever runs beside them."""
+        """What a step waits for this many blocks whatever runs beside them."""
         return self._exposed_share * loaded_blocks / rate if (rate := self.blocks_per_second) else 0.0
 
     def observe(self, loaded_blocks: int, stage_seconds: Sequence[float], link_uses: Sequence[LinkUse]) -> None:
-        """A step that loaded and streamed so many blocks, with its `StepResult`'s times of every stage."""
+        """A step that loaded and streamed this many blocks, with its `StepResult`'s times of every stage."""
         seconds = max(seconds_without_stalls(stage_seconds, link_uses))
         load_seconds = max(use.load_seconds for use in link_uses)
         if seconds <= 0:

@@ -1,4 +1,4 @@
-"""How much KV may be in use where the device holds a part of it: what the link carries, and no more than pays.
+"""How much KV running sequences may hold where the device has room for a part of it: what the link can carry.
 
 The capacity law says what can be kept in motion. Pie lets its share grow while swaps stay hidden and throughput rises
 (arXiv 2411.09317). A single batch never hides all of them: its first layer waits. Where steps take longer as they hold
@@ -7,24 +7,24 @@ more sequences, that is more than moving KV brings.
 
 from __future__ import annotations
 
+from batchpipe.kv.capacity_law import batch_capacity_blocks
 from batchpipe.scheduler.offload.prefetch_budget import PrefetchBudget
-from batchpipe.scheduler.offload.selection import batch_capacity_blocks
 from batchpipe.scheduler.state import SchedulerState
 from batchpipe.scheduler.step_time import StepTime
 
 # Predictions err, and moving costs more than they know: a larger batch has to bring this much.
 LEAST_GAIN = 0.02
-# An answer stands for so many steps.
+# An answer stands for this many steps.
 RECONSIDER_STEPS = 32
 
 
 class WorkingSetLimit:
     """`blocks` before every step. num_buffers: as `batch_capacity_blocks` has it."""
 
-    def __init__(self, state: SchedulerState, budget: PrefetchBudget, forecast: StepTime, num_buffers: float) -> None:
+    def __init__(self, state: SchedulerState, budget: PrefetchBudget, step_time: StepTime, num_buffers: float) -> None:
         self._state = state
         self._budget = budget
-        self._forecast = forecast
+        self._step_time = step_time
         self._num_buffers = num_buffers
         self._pays = True
         self._num_steps_left = 0
@@ -33,7 +33,7 @@ class WorkingSetLimit:
         """At least what the device holds."""
         capacity = self._state.capacity
         num_device = capacity.num_blocks
-        num_loaded = self._budget.blocks(self._forecast.decode_seconds)
+        num_loaded = self._budget.blocks(self._step_time.decode_seconds)
         each = batch_capacity_blocks(num_device, num_loaded, capacity.max_batches, self._num_buffers)
         by_law = max(num_device, min(int(capacity.max_batches * each), self._state.ledger.num_blocks))
         if self._num_steps_left > 0:
@@ -44,8 +44,9 @@ class WorkingSetLimit:
         return by_law if self._pays else num_device
 
     def _is_faster(self, num_blocks: int, num_loaded: int) -> bool:
-        """Whether batches of so many blocks together, of which a step loads some, draw more tokens per second than the
-        device's own would. Where all is hidden nothing is lost, and where nothing is known of time it is believed.
+        """Whether batches that hold `num_blocks` blocks together, of which a step loads some, draw more tokens per
+        second than batches that the device holds alone. They are taken to where all loads are hidden, or no time is
+        known.
         """
         if self._budget.exposed_seconds(num_loaded) == 0:
             return True
@@ -54,11 +55,11 @@ class WorkingSetLimit:
         return alone is None or moving is None or moving >= (1 + LEAST_GAIN) * alone
 
     def _decodes_per_second(self, num_blocks: int, num_loaded: int) -> float | None:
-        """With sequences like those that run, as many as find room."""
+        """Of the number of sequences like the running ones that find room in `num_blocks` blocks."""
         state = self._state
         num_running = len(state.running) * num_blocks / max(1, state.ledger.num_used)
         num_decodes = max(1, round(min(num_running, state.max_running) / state.capacity.max_batches))
-        seconds = self._forecast.seconds_of(num_decodes, 0)
+        seconds = self._step_time.seconds_of(num_decodes, 0)
         if not seconds:
             return None
         return num_decodes / (seconds + self._budget.exposed_seconds(num_loaded))

@@ -1,11 +1,12 @@
-"""The port of schedules: how much decoding and prefilling the next step holds, who is admitted, who is drawn."""
+"""The port of policies: what the next step should hold, which request is admitted, which sequences decode."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
+from batchpipe.scheduler.offload.selection import PrefetchWindow, first_in_line
 from batchpipe.scheduler.sequence import SequenceState
 from batchpipe.scheduler.state import SchedulerState
 
@@ -15,8 +16,14 @@ ADMISSION_RESERVE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
+    """What a step holds at most: `num_decodes` sequences that draw a token, `num_prefill_tokens` tokens of prompts.
+
+    is_last_resort: nothing is in flight, so the oldest ready sequence may evict every other one to go on.
+    """
+
     num_decodes: int
     num_prefill_tokens: int
+    is_last_resort: bool = False
 
 
 class Policy(Protocol):
@@ -27,23 +34,38 @@ class Policy(Protocol):
         ...
 
     def admits(self, state: SchedulerState, sequence: SequenceState) -> bool:
-        """Whether the first waiting sequence may run now. Room for its tokens so far is a must."""
+        """Whether the first waiting sequence may run now. There must be room for its tokens so far."""
         ...
 
-    def draw(self, state: SchedulerState, num_decodes: int) -> list[SequenceState]:
-        """So many of the ready sequences, or all of them; the scheduler takes them."""
+    def select(
+        self, state: SchedulerState, candidates: Sequence[SequenceState], num_decodes: int, context_tokens: float
+    ) -> list[SequenceState]:
+        """`num_decodes` of the ready candidates, which stand in order of return, or all where they are fewer.
+
+        context_tokens: what the contexts of the selected come to in a batch that takes as long as the others do.
+        """
+        ...
+
+    def select_prefetch(self, state: SchedulerState, window: PrefetchWindow) -> list[SequenceState]:
+        """The ready sequences without KV on the device that decode too: it comes from host memory for them."""
         ...
 
 
-class Reactive:
-    """Admits whatever fits now with a small reserve, draws in order of return: what needs no forecast."""
+class FirstInLine:
+    """Selects in order of return: the sequences that wait longest."""
+
+    def select(
+        self, state: SchedulerState, candidates: Sequence[SequenceState], num_decodes: int, context_tokens: float
+    ) -> list[SequenceState]:
+        return list(candidates[:num_decodes])
+
+    def select_prefetch(self, state: SchedulerState, window: PrefetchWindow) -> list[SequenceState]:
+        return first_in_line(window)
+
+
+class Reactive(FirstInLine):
+    """Admits whatever fits now, with a small reserve: what needs no forecast."""
 
     def admits(self, state: SchedulerState, sequence: SequenceState) -> bool:
         reserve = min(int(state.limit_blocks * ADMISSION_RESERVE), len(state.running))
         return state.has_blocks(sequence, reserve)
-
-    def draw(self, state: SchedulerState, num_decodes: int) -> list[SequenceState]:
-        return list(islice(state.ready, num_decodes))
-
-    def prefill_possible(self, state: SchedulerState) -> bool:
-        return bool(state.prefilling) or (bool(state.waiting) and self.admits(state, state.waiting.first))

@@ -1,10 +1,10 @@
-"""Which of the ready sequences form the next decode batch, so that circulating batches take equal time.
+"""Which of the ready sequences form the next decode batch, so that all batches in flight take equal time.
 
 TD-Pipe's work stealing between batches (arXiv 2506.10470) balances the number of sequences; batches of one size but
 unequal contexts still take unequal time, and every stage waits for the slowest. Here the number and the context are
 balanced: of the ready sequences the oldest in line are taken, then single ones are exchanged against those left over
-until the batch's context is near its share. Who was left over goes first in line the next time, so nobody is left
-twice in a row.
+until the batch's context is near its share. Those left over are first in line the next time, so none is left over twice
+in a row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def balanced_selection(ready: Sequence[SequenceState], num_decodes: int, target_
     contexts = np.fromiter((sequence.num_tokens for sequence in ready), np.int64, len(ready))
     chosen = np.zeros(len(ready), dtype=np.bool_)
     chosen[:num_decodes] = True
-    # As many as may be left over stand first in line because they were left over before: they stay.
+    # The first in line were left over before, at most the number that is left over now: they stay.
     num_fixed = min(num_decodes, len(ready) - num_decodes)
     excess = float(contexts[:num_decodes].sum()) - target_tokens
     for candidate in range(num_decodes, len(ready)):

@@ -1,7 +1,7 @@
-"""The forecast of KV in use: blocks that all running sequences will hold so many decode steps from now, as arrays.
+"""The forecast of KV in use: blocks that all running sequences will hold some decode steps from now, as arrays.
 
 A sequence that is alive holds its context and a token more each step; it is alive with a probability that its class's
-survival curve gives for a row that came so far. Sums of such are near normal, so a mean and a variance a moment say
+survival curve gives for a row of its length. Sums of such are near normal, so a mean and a variance a moment say
 how likely the pool is to be too small. (The memory simulation of TD-Pipe's greedy prefill, arXiv 2506.10470, with a
 distribution of each length for a predicted number.)
 """
@@ -15,14 +15,14 @@ import numpy as np
 from batchpipe.predict.base import FloatArray, Survival
 from batchpipe.scheduler.sequence import SequenceState
 
-# Blocks may run out in one of so many standard deviations' tail: about one forecast in twenty.
+# The forecast is a mean and this many standard deviations: blocks run out in about one forecast of twenty.
 RISK_DEVIATIONS = 1.65
 _FIRST_OFFSET_TOKENS = 2
 _GROWTH = 1.2
 
 
 class KvForecast:
-    """Built from the sequences that run; `add` counts one more in without looking at the others again."""
+    """Built from the running sequences; `add` counts one more in without looking at the others again."""
 
     def __init__(self, survival: Survival, block_tokens: int, running: Collection[SequenceState]) -> None:
         self._survival = survival
@@ -41,11 +41,10 @@ class KvForecast:
         """What is needed at the worst moment, but for the risk taken."""
         return self._peak(self._mean, self._variance)
 
-    def peak_blocks_with(self, sequence: SequenceState) -> tuple[float, float]:
-        """What is expected at the worst moment if this sequence ran too, and what is needed but for the risk taken."""
+    def peak_blocks_with(self, sequence: SequenceState) -> float:
+        """What is needed at the worst moment, but for the risk taken, if this sequence ran too."""
         mean, variance = self._share_of(sequence)
-        mean = self._mean + mean
-        return float(mean.max()), self._peak(mean, self._variance + variance)
+        return self._peak(self._mean + mean, self._variance + variance)
 
     def add(self, sequence: SequenceState) -> None:
         mean, variance = self._share_of(sequence)

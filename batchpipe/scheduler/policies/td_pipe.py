@@ -7,14 +7,14 @@ prediction counts for nothing, and the switch back compares a whole model's deco
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 import numpy as np
 
 from batchpipe.cost.model import CostModel, StepWork
 from batchpipe.predict.base import FloatArray
-from batchpipe.scheduler.policies.base import StepShape
+from batchpipe.scheduler.policies.base import FirstInLine, StepShape
 from batchpipe.scheduler.sequence import SequenceState
 from batchpipe.scheduler.state import SchedulerState
 
@@ -25,8 +25,11 @@ PEAK_BATCH_TOKENS = 192
 _REFERENCE_BATCH = 256
 
 
-class TdPipe:
-    def __init__(self) -> None:
+class TdPipe(FirstInLine):
+    """refill_below: prefills begin again where less than this part of the blocks is in use; None: by intensities."""
+
+    def __init__(self, refill_below: float | None = None) -> None:
+        self._refill_below = refill_below
         self._prefilling = True
         self._num_decode_steps = 0
         self._usage = np.zeros(len(MIDPOINTS_TOKENS))
@@ -53,8 +56,10 @@ class TdPipe:
         """Prompts are chosen a micro-batch at a time by `choose`; here only the watermark counts."""
         return state.has_blocks(sequence, int(WATERMARK * state.ledger.num_blocks))
 
-    def draw(self, state: SchedulerState, num_decodes: int) -> list[SequenceState]:
-        return sorted(state.ready, key=lambda sequence: sequence.sequence_id)[:num_decodes]
+    def select(
+        self, state: SchedulerState, candidates: Sequence[SequenceState], num_decodes: int, context_tokens: float
+    ) -> list[SequenceState]:
+        return sorted(candidates, key=lambda sequence: sequence.sequence_id)[:num_decodes]
 
     def _next_prompts(self, state: SchedulerState) -> int:
         """Tokens of the next prefill micro-batch, 0 where the phase ends; counts its prompts into the usage."""
@@ -77,6 +82,8 @@ class TdPipe:
 
     def _prefill_pays(self, state: SchedulerState) -> bool:
         """Spatial intensity below temporal intensity: the paper's switch from decoding to prefilling."""
+        if self._refill_below is not None:
+            return state.ledger.num_used < self._refill_below * state.ledger.num_blocks
         num_batches = state.capacity.max_batches
         batch = len(state.running) // num_batches
         if batch > PEAK_BATCH_TOKENS:

@@ -4,28 +4,32 @@ TD-Pipe (arXiv 2506.10470) parts the phases in time, since prefills between deco
 
 - admission asks a distribution of lengths for the risk of running out of blocks, not a point estimate for a peak;
 - a decode batch stops at the edge of a tile where one more sequence would cost more than it brings;
-- batches are drawn to take equal time, by number and context (`balance`);
-- where a step has room up to a tile's edge, or needs it to keep the pool full, pieces of prompts ride along: as many
-  tokens a step as keep prompts and completions in step, so every step takes the same time and no phase has to change.
+- batches are selected to take equal time, by number and context (`batch_balance`);
+- where a step has room up to a tile's edge, or needs it to keep the pool full, chunks of prompts ride along: the number
+  of tokens that keeps prompts and completions in step, so every step takes the same time and no phase has to change.
   A phase of prefills alone comes only at the start and after much memory fell free.
+
+With two tiers a phase of prefills fills the device. What the host holds beyond it is filled by prompts that ride along,
+since decodes must run beside them: a link stands idle while a step has no KV to bring.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from math import ceil
 
 import numpy as np
 
-from batchpipe.cost.model import CostModel, StepWork
+from batchpipe.cost.model import StepWork, bottleneck_seconds
 from batchpipe.predict.base import Survival
-from batchpipe.scheduler.policies.base import StepShape
+from batchpipe.scheduler.policies.base import FirstInLine, StepShape
 from batchpipe.scheduler.policies.batch_balance import balanced_selection
 from batchpipe.scheduler.policies.kv_forecast import KvForecast
 from batchpipe.scheduler.sequence import SequenceState
 from batchpipe.scheduler.state import SchedulerState
 
-# A phase of prefills alone begins where the forecast peak is below this part of the pool.
+# A phase of prefills alone begins where the forecast peak is below this part of the device's blocks.
 REFILL_BELOW = 0.6
 # Sequences held back as a reserve to balance batches with, where several batches circulate.
 BALANCE_SHARE = 0.03
@@ -33,14 +37,14 @@ BALANCE_SHARE = 0.03
 RIDE_SURPLUS = 1.25
 # A longer step is worth it while it takes no more than this part longer.
 FLAT = 0.02
-# A forecast serves while every sequence draws so many tokens.
+# A forecast serves while every sequence draws this many tokens.
 REFRESH_TOKENS = 4
 _TILES = (128, 64, 32, 16)
 _LOOK_AHEAD_REQUESTS = 64
 _ENDLESS_TOKENS = 1 << 17
 
 
-class Temporal:
+class Temporal(FirstInLine):
     def __init__(self) -> None:
         self._filling = True
         self._age_steps = 0
@@ -56,31 +60,30 @@ class Temporal:
         if state.capacity.max_batches == 1:
             num_decodes = state.decode_share
             return StepShape(num_decodes, state.capacity.max_step_tokens - num_decodes if possible else 0)
-        self._filling = possible and (self._filling or self._much_is_free(state))
+        self._filling = possible and self._fills(state)
         if self._filling:
             return StepShape(0, state.capacity.max_step_tokens)
         num_decodes = self._num_decodes(state)
         return StepShape(num_decodes, self._ride_along_tokens(state, num_decodes) if possible else 0)
 
     def admits(self, state: SchedulerState, sequence: SequenceState) -> bool:
+        # Beyond the limit sequences wait for the link; beyond the last tier one of them loses its KV.
         if not state.has_blocks(sequence):
             return False
         forecast = self._current_forecast(state)
         if self._refused == (sequence.sequence_id, forecast):
             return False
-        expected_blocks, risked_blocks = forecast.peak_blocks_with(sequence)
-        # Beyond what can be kept in motion somebody waits for the link; beyond the last tier somebody loses all KV.
-        fits = expected_blocks <= state.limit_blocks and risked_blocks <= state.ledger.num_blocks
+        fits = forecast.peak_blocks_with(sequence) <= state.ledger.num_blocks
         if not fits:
             self._refused = (sequence.sequence_id, forecast)
         return fits
 
-    def draw(self, state: SchedulerState, num_decodes: int) -> list[SequenceState]:
-        if state.capacity.max_batches == 1 or len(state.ready) <= num_decodes:
-            return list(islice(state.ready, num_decodes))
-        return balanced_selection(
-            list(state.ready), num_decodes, state.context_tokens * num_decodes / len(state.running)
-        )
+    def select(
+        self, state: SchedulerState, candidates: Sequence[SequenceState], num_decodes: int, context_tokens: float
+    ) -> list[SequenceState]:
+        if state.capacity.max_batches == 1:
+            return super().select(state, candidates, num_decodes, context_tokens)
+        return balanced_selection(candidates, num_decodes, context_tokens)
 
     def _current_forecast(self, state: SchedulerState) -> KvForecast:
         if self._forecast is None or self._age_steps >= REFRESH_TOKENS * state.capacity.max_batches:
@@ -97,8 +100,14 @@ class Temporal:
             self._counted.add(sequence.sequence_id)
         return self._forecast
 
-    def _much_is_free(self, state: SchedulerState) -> bool:
-        return self._current_forecast(state).peak_blocks() < REFILL_BELOW * state.limit_blocks
+    def _fills(self, state: SchedulerState) -> bool:
+        """Whether the step holds prefills alone. The device's own blocks decide, which do not change as a run goes on:
+        what the link carries does, with the time of every step.
+        """
+        peak_blocks = self._current_forecast(state).peak_blocks()
+        if not self._filling:
+            return peak_blocks < REFILL_BELOW * state.capacity.num_blocks
+        return not state.has_two_tiers or peak_blocks < state.capacity.num_blocks
 
     def _num_decodes(self, state: SchedulerState) -> int:
         """A batch's share of what runs, less the reserve, or fewer where a tile's edge makes them cheaper each."""
@@ -146,10 +155,6 @@ class Temporal:
 def never_ending() -> Survival:
     """Where nothing is predicted every row is taken to use all its max_tokens."""
     return Survival(np.array([0, _ENDLESS_TOKENS], np.int32), np.ones((1, 2)))
-
-
-def bottleneck_seconds(cost: CostModel, work: StepWork) -> float:
-    return max(cost.stage_seconds(stage, work) for stage in range(cost.num_stages))
 
 
 def _mixed(num_decodes: int, num_prefill_tokens: int) -> StepWork:
