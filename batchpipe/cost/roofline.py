@@ -53,6 +53,7 @@ class RooflineCost:
         if num_shards > 1:
             self._layer_overhead_seconds += 2 * device.link.latency_seconds
             self._sum_seconds_per_token = 2 * model.hidden_bytes_per_token / hardware.all_reduce_rate()
+        self._kv_bytes_per_token_layer = model.kv_bytes_per_token_layer
         self._num_layers = [len(one) for one in layers]
         self._products = [_products_of(model, one) for one in layers]
         self.distinct_stages = distinct_stages([tuple(products) for products in self._products])
@@ -84,7 +85,7 @@ class RooflineCost:
             for product in self._products[stage]
         )
         seconds += num_layers * (self._layer_overhead_seconds + self._sum_seconds_per_token * work.num_tokens)
-        kv_bytes = num_layers * model.kv_bytes_per_token_layer * work.decode_context_tokens
+        kv_bytes = num_layers * self._kv_bytes_per_token_layer * work.decode_context_tokens
         seconds += kv_bytes / self._kv_bytes_per_second
         # A query-key and a weight-value product, a multiplication and an addition each.
         pair_flops = 4 * model.num_heads * model.head_dim * num_layers

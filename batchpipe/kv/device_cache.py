@@ -10,7 +10,7 @@ Invariant (`check_integrity`): every device block is free, or cooling, or lent, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Sequence
 
 import numpy as np
 
@@ -45,6 +45,10 @@ class DeviceCache:
     def __len__(self) -> int:
         """Residents."""
         return len(self._residents)
+
+    @property
+    def residents(self) -> KeysView[int]:
+        return self._residents.keys()
 
     @property
     def num_used(self) -> int:
@@ -113,9 +117,13 @@ class DeviceCache:
         self._residents[sequence_id] += host_blocks
         self._note_peak()
 
-    def touch(self, sequence_id: int, step: int) -> None:
-        self._residents[sequence_id] = self._residents.pop(sequence_id)
-        self._last_steps[sequence_id] = step
+    def touch(self, sequence_ids: Iterable[int], step: int) -> None:
+        """A step uses the blocks of those of the sequences that are resident."""
+        residents, last_steps = self._residents, self._last_steps
+        for sequence_id in sequence_ids:
+            if sequence_id in residents:
+                residents[sequence_id] = residents.pop(sequence_id)
+                last_steps[sequence_id] = step
 
     def touch_blocks(self, host_blocks: Int32Array | Sequence[int], step: int) -> None:
         """A step uses these blocks of residents for other sequences."""

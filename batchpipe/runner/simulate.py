@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from batchpipe.pipeline.simulated import SimulatedPipeline
 from batchpipe.predict.base import LengthPredictor
 from batchpipe.runner.engine import Engine
+from batchpipe.runner.gc_tuning import calm_collector
 from batchpipe.types import Request
 
 
@@ -63,16 +64,17 @@ def simulate(
     coming = deque(zip(arrivals, requests, strict=True))
     num_failed = output_tokens = 0
     engine = Engine(pipelines, schedule, frozenset({eos_token_id}), lambda params: None, predictor, cost)
-    while coming or not engine.idle:
-        if engine.idle:
-            stages.wait_until(coming[0][0])
-        arrived = []
-        while coming and coming[0][0] <= stages.now_seconds:
-            arrived.append(coming.popleft()[1])
-        engine.add(arrived)
-        for end in engine.advance():
-            num_failed += any(completion.error_code is not None for completion in end.completions)
-            output_tokens += sum(len(completion.token_ids) for completion in end.completions)
+    with calm_collector():
+        while coming or not engine.idle:
+            if engine.idle:
+                stages.wait_until(coming[0][0])
+            arrived = []
+            while coming and coming[0][0] <= stages.now_seconds:
+                arrived.append(coming.popleft()[1])
+            engine.add(arrived)
+            for end in engine.advance():
+                num_failed += any(completion.error_code is not None for completion in end.completions)
+                output_tokens += sum(len(completion.token_ids) for completion in end.completions)
     schedulers = [replica.scheduler for replica in engine.replicas]
     seconds = stages.now_seconds
     link_uses = [step.link_uses for pipeline in pipelines for step in pipeline.steps if step.link_uses]

@@ -30,12 +30,11 @@ class Allocator:
 
     def decode(self, selected: Iterable[SequenceState]) -> list[Chunk]:
         """A token each for the selected ready sequences, less those that lose their KV to an older one."""
-        state = self._state
-        chunks = [
-            self._schedule(sequence, 1)
-            for sequence in selected
-            if sequence.sequence_id in state.running and self._ensure_block(sequence)
-        ]
+        state, chunks = self._state, list[Chunk]()
+        for sequence in selected:
+            has_block = sequence.num_tokens <= sequence.allocated_tokens
+            if sequence.sequence_id in state.running and (has_block or self._add_block(sequence)):
+                chunks.append(self._schedule(sequence, 1))
         state.ready = deque([sequence for sequence in state.ready if sequence.num_in_flight == 0])
         return chunks
 
@@ -43,7 +42,8 @@ class Allocator:
         """With nothing in flight the whole device is there for the oldest ready sequence: it runs, or it never can."""
         while self._swap is not None and self._state.ready:
             sequence = self._state.ready[0]
-            if self._swap.bring_alone(sequence) and self._ensure_block(sequence):
+            has_block = sequence.num_tokens <= sequence.allocated_tokens
+            if self._swap.bring_alone(sequence) and (has_block or self._add_block(sequence)):
                 self._state.ready.popleft()
                 return [self._schedule(sequence, 1)]
             if sequence.sequence_id in self._state.running:
@@ -59,6 +59,8 @@ class Allocator:
                 if not is_admitted:
                     break
             sequence = state.prefilling[0]
+            if self._swap is not None:
+                self._swap.keep(sequence)
             num_chunk = min(num_tokens, sequence.num_tokens - sequence.num_scheduled)
             chunks.append(self._schedule(sequence, num_chunk))
             state.ledger.learn(sequence.sequence_id, sequence.prompt, sequence.num_scheduled)
@@ -72,14 +74,10 @@ class Allocator:
         sequence.num_scheduled += num_tokens
         sequence.num_in_flight += 1
         sequence.last_step = self._step
-        if self._swap is not None:
-            self._swap.keep(sequence)
         return Chunk(sequence, context, num_tokens, sequence.num_scheduled == sequence.num_tokens)
 
-    def _ensure_block(self, sequence: SequenceState) -> bool:
-        """Makes sure of a block for the sequence's next token, by preempting later sequences if need be."""
-        if sequence.num_tokens <= sequence.allocated_tokens:
-            return True
+    def _add_block(self, sequence: SequenceState) -> bool:
+        """Gives the sequence a block for its next token, by preempting later sequences if need be."""
         if self._swap is not None and not self._swap.has_room(sequence):
             return False
         while not self._running_set.grow(sequence):

@@ -132,15 +132,17 @@ class RunningSet:
 
     def build_step(self, step_id: int, decodes: list[Chunk], prefills: list[Chunk]) -> Step:
         """The step of these chunks, with the sequences started and released and blocks copied since the last one."""
-        chunks = decodes + prefills
-        block_tokens = self.state.ledger.block_tokens
-        num_blocks = max(-(-(chunk.num_context + chunk.num_tokens) // block_tokens) for chunk in chunks)
-        tables = self.tables.gather([chunk.sequence.slot for chunk in chunks], num_blocks)
-        copied_blocks, transfers = self.copied_blocks, None
+        step = build_step(
+            step_id,
+            decodes + prefills,
+            self.tables,
+            self.state.ledger.block_tokens,
+            self.started,
+            self.released,
+            self.copied_blocks,
+        )
         if self._swap is not None:
-            tables, transfers = self._swap.take_transfers(chunks, tables, copied_blocks)
-            copied_blocks = [self._swap.places_of(pair) for pair in copied_blocks]
-        step = build_step(step_id, chunks, tables, transfers, self.started, self.released, copied_blocks)
+            step = self._swap.with_transfers(step)
         if complete := [chunk.sequence for chunk in prefills if chunk.samples]:
             self.prefix_copies.learn(complete[-1])
         self.forget_news()

@@ -12,7 +12,7 @@ one makes sure of progress (`MakeProgress`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from batchpipe.cost.model import CostModel
@@ -167,14 +167,12 @@ class Scheduler:
         self._num_decoding -= has_decodes
         if self.swap is not None and transfers is not None:
             self.swap.observe(transfers, result)
-        token_ids: list[int] = result.token_ids.tolist()
-        position = 0
-        for chunk in chunks:
-            sequence = chunk.sequence
+        token_ids: Iterator[int] = iter(result.token_ids.tolist())
+        for sequence, _, _, samples in chunks:
             sequence.num_in_flight -= 1
-            token_id = token_ids[position] if chunk.samples else None
-            position += chunk.samples
-            if found := result.corrupt.get(sequence.sequence_id):
+            token_id = next(token_ids) if samples else None
+            found = result.corrupt.get(sequence.sequence_id) if result.corrupt else None
+            if found:
                 self._running_set.find_corrupt(sequence, found, first_admission)
             if found or sequence.is_corrupt:
                 self._running_set.retract(sequence)
@@ -184,7 +182,7 @@ class Scheduler:
             if result.logprobs and (logprobs := result.logprobs.get(sequence.sequence_id)) is not None:
                 sequence.logprobs.append(logprobs)
             self._ends.take_token(sequence, token_id)
-        assert position == len(token_ids), "a step's result does not fit its step"
+        assert next(token_ids, None) is None, "a step's result does not fit its step"
 
     def requeue_all(self) -> None:
         """Forgets everything in flight and every block: all running sequences wait again, oldest first.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from batchpipe.scheduler.sequence import SequenceState
-from batchpipe.types import Int32Array, SequenceStart, Step, Transfers
+from batchpipe.types import Int32Array, SequenceStart, Step
 
 
 class Chunk(NamedTuple):
@@ -49,25 +49,27 @@ class BlockTables:
 def build_step(
     step_id: int,
     chunks: Sequence[Chunk],
-    block_tables: Int32Array,
-    transfers: Transfers | None,
+    tables: BlockTables,
+    block_tokens: int,
     started: Sequence[SequenceState],
     released: Sequence[int],
     copied_blocks: Sequence[tuple[int, int]],
 ) -> Step:
     sequences, contexts, lengths, samples = zip(*chunks, strict=True)
+    query_lengths = np.array(lengths, dtype=np.int32)
+    context_lengths = np.array(contexts, dtype=np.int32)
+    num_blocks = -(-int((context_lengths + query_lengths).max()) // block_tokens)
     return Step(
         step_id=step_id,
         sequence_ids=tuple([sequence.sequence_id for sequence in sequences]),
-        query_lengths=np.array(lengths, dtype=np.int32),
-        context_lengths=np.array(contexts, dtype=np.int32),
+        query_lengths=query_lengths,
+        context_lengths=context_lengths,
         token_ids=_token_ids(chunks),
-        block_tables=block_tables,
+        block_tables=tables.gather([sequence.slot for sequence in sequences], num_blocks),
         samples=np.array(samples, dtype=np.bool_),
         copied_blocks=np.array(copied_blocks, dtype=np.int32).reshape(-1, 2),
         started=tuple(start_of(sequence) for sequence in started),
         released=tuple(released),
-        transfers=transfers,
     )
 
 

@@ -36,7 +36,7 @@ class Eviction:
         """How many of its host blocks have no copy on the device; the sequence is not resident."""
         ledger = self._state.ledger
         if ledger.num_shared == 0:
-            return ledger.num_owned(sequence.sequence_id)
+            return sequence.allocated_tokens // ledger.block_tokens
         return self.device_cache.num_missing(ledger.owned(sequence.sequence_id))
 
     @property

@@ -91,6 +91,11 @@ class PrefetchBudget:
             return min(num_blocks, max(START_BLOCKS, GROWTH * self._most_loaded_blocks))
         return num_blocks
 
+    @property
+    def hides_all(self) -> bool:
+        """Whether no part of the loads is exposed by design."""
+        return self._exposed_share == 0.0
+
     def exposed_seconds(self, loaded_blocks: int) -> float:
         """What a step waits for this many blocks whatever runs beside them."""
         return self._exposed_share * loaded_blocks / rate if (rate := self.blocks_per_second) else 0.0

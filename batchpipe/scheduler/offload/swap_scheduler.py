@@ -10,6 +10,8 @@ themselves (Pie, arXiv 2411.09317), which leaves more room to residents. The oth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from math import ceil
 
 import numpy as np
@@ -23,13 +25,12 @@ from batchpipe.scheduler.offload.working_set_limit import WorkingSetLimit
 from batchpipe.scheduler.policies.base import Policy
 from batchpipe.scheduler.sequence import SequenceState
 from batchpipe.scheduler.state import SchedulerState
-from batchpipe.scheduler.step_builder import Chunk
 from batchpipe.scheduler.step_time import StepTime
 from batchpipe.types import Int32Array, Step, StepResult, Transfers
 
 
 class SwapScheduler:
-    """Tells for each step which sequences can run in it. `begin_step` opens a step's planning, `take_transfers` and
+    """Tells for each step which sequences can run in it. `begin_step` opens a step's planning, `with_transfers` and
     `foresee` close it.
     """
 
@@ -81,10 +82,9 @@ class SwapScheduler:
             # Room for prompts: without it the residents would run in every step, and no other sequence ever came.
             self._kept_free_blocks = state.blocks_of_prompts(num_prefill_tokens)
             self._eviction.make_room(0, self._kept_free_blocks + self._num_last_staging)
-        resident: list[SequenceState] = []
-        absent: list[SequenceState] = []
-        for sequence in state.ready:
-            (resident if sequence.sequence_id in self.device_cache else absent).append(sequence)
+        residents = self.device_cache.residents
+        resident = [sequence for sequence in state.ready if sequence.sequence_id in residents]
+        absent = [sequence for sequence in state.ready if sequence.sequence_id not in residents]
         if absent:
             selected = self._select_with_absent(policy, resident, absent, num_decodes, num_prefill_tokens)
         else:
@@ -134,37 +134,31 @@ class SwapScheduler:
         self.keep(donor)
         return True
 
-    def places_of(self, host_blocks: tuple[int, int]) -> tuple[int, int]:
-        """The device blocks of two residents' blocks, for the step to copy one to the other."""
-        source, target = self.device_cache.places(np.array(host_blocks)).tolist()
-        assert source >= 0 and target >= 0
-        self.device_cache.touch_blocks(host_blocks[:1], self._step)  # its owner may not be part of the step
-        return source, target
-
-    def take_transfers(
-        self, chunks: Sequence[Chunk], host_tables: Int32Array, host_copies: Sequence[tuple[int, int]]
-    ) -> tuple[Int32Array, Transfers]:
-        """The step's device block tables [N, B], and what moves for it."""
-        capacity, cache, ledger = self._state.capacity, self.device_cache, self._state.ledger
-        ends = np.array([ledger.blocks_for(chunk.num_context + chunk.num_tokens) for chunk in chunks])
-        inside = np.arange(host_tables.shape[1]) < ends[:, None]
+    def with_transfers(self, step: Step) -> Step:
+        """The step with block tables and copies of the device's blocks, where it had those of the host, and with what
+        moves for it.
+        """
+        capacity, cache, host_tables = self._state.capacity, self.device_cache, step.block_tables
+        num_blocks = -(-(step.context_lengths + step.query_lengths) // capacity.block_tokens)
+        inside = np.arange(host_tables.shape[1]) < num_blocks[:, None]
         tables = np.where(inside, cache.places(host_tables), 0)
-        for sequence, *_ in chunks:
-            if sequence.sequence_id in cache:
-                cache.touch(sequence.sequence_id, self._step)
-        staging_tables = np.full(host_tables.shape, -1, np.int32)
-        staged_blocks = np.zeros(0, np.int32)
         absent = tables < 0
-        if self._streamed:
-            is_streamed = np.array([chunk.sequence.sequence_id in self._streamed for chunk in chunks])
-            assert not absent[~is_streamed].any(), "a sequence whose KV is not on the device"
-            staged_blocks, slots = np.unique(host_tables[absent], return_inverse=True)
-            tables[absent] = 0
-            staging_tables[absent] = slots
-            cache.touch_blocks(host_tables[inside & ~absent & is_streamed[:, None]], self._step)
-        else:
-            assert not absent.any(), "a sequence whose KV is not on the device"
+        is_streamed = np.array([sequence_id in self._streamed for sequence_id in step.sequence_ids])
+        assert not absent[~is_streamed].any(), "a sequence whose KV is not on the device"
+        cache.touch(step.sequence_ids, self._step)
+        cache.touch_blocks(host_tables[inside & ~absent & is_streamed[:, None]], self._step)
+        staged_blocks = host_tables[absent]
+        slots: Int32Array = np.arange(len(staged_blocks), dtype=np.int32)
+        if self._state.ledger.num_shared:
+            staged_blocks, inverse = np.unique(staged_blocks, return_inverse=True)
+            slots = inverse.astype(np.int32)
         assert len(staged_blocks) <= len(self._staging_blocks) * capacity.streams_per_block
+        tables[absent] = 0
+        staging_tables = np.full(host_tables.shape, -1, np.int32)
+        staging_tables[absent] = slots
+        copies = cache.places(step.copied_blocks)
+        assert (copies >= 0).all(), "a copy of a block that is not on the device"
+        cache.touch_blocks(step.copied_blocks[:, 0], self._step)  # their owners may not be part of the step
         loads = np.array(self._loads, np.int32).reshape(-1, 2)
         # What became resident and was evicted again, before the step was whole, is not loaded.
         loads = loads[cache.places(loads[:, 0]) == loads[:, 1]]
@@ -174,11 +168,11 @@ class SwapScheduler:
             loads=loads,
             staged_blocks=staged_blocks,
             staging_blocks=np.array(self._staging_blocks, np.int32),
-            host_copies=np.array(host_copies, np.int32).reshape(-1, 2),
+            host_copies=step.copied_blocks,
         )
         self._loads, self._staging_blocks = [], []
         self._streamed.clear()
-        return tables, transfers
+        return replace(step, block_tables=tables, copied_blocks=copies, transfers=transfers)
 
     def foresee(self, step: Step, num_decodes: int) -> None:
         """The step will be made; `num_decodes` of its sequences have drawn a token before."""
@@ -237,26 +231,35 @@ class SwapScheduler:
 
         Where room is left, that of the step's prompts apart, some of them are loaded, for the same bytes, and stay.
         """
-        ledger, eviction, cache = self._state.ledger, self._eviction, self.device_cache
-        ends_blocks: list[int] = []  # streamed blocks up to each of the selected
-        blocks: set[int] = set()
-        for index, sequence in enumerate(selected):
-            blocks.update(ledger.owned(sequence.sequence_id))
-            ends_blocks.append(len(blocks) + index + 1)  # the next token of each may begin a block
-        while selected and not eviction.make_room(
-            self._num_staging(ends_blocks[len(selected) - 1]), self._kept_free_blocks
-        ):
+        eviction, cache = self._eviction, self.device_cache
+        selected, counts = list(selected), self._count_streamed(selected)
+        while selected and not eviction.make_room(self._num_staging(counts[-1]), self._kept_free_blocks):
             selected.pop()
+            counts.pop()
         if not selected:
             return []
-        self._staging_blocks = cache.lend(self._num_staging(ends_blocks[len(selected) - 1]), self._step)
+        self._staging_blocks = cache.lend(self._num_staging(counts[-1]), self._step)
         self._num_last_staging = len(self._staging_blocks)
+        num_spare = min(cache.num_cold, cache.num_free - self._kept_free_blocks)
         for sequence in selected:
-            num_missing = eviction.num_missing_blocks(sequence)
-            has_room = num_missing <= min(cache.num_cold, cache.num_free - self._kept_free_blocks)
-            if not has_room or not self._enter(sequence):
+            if eviction.num_missing_blocks(sequence) <= num_spare and self._enter(sequence):
+                num_spare = min(cache.num_cold, cache.num_free - self._kept_free_blocks)
+            else:
                 self._streamed.add(sequence.sequence_id)
         return selected
+
+    def _count_streamed(self, selected: Sequence[SequenceState]) -> list[int]:
+        """Streamed blocks of the selected up to each of them; the next token of each may begin a block."""
+        ledger = self._state.ledger
+        if ledger.num_shared == 0:
+            block_tokens = ledger.block_tokens
+            return list(accumulate([sequence.allocated_tokens // block_tokens + 1 for sequence in selected]))
+        counts: list[int] = []
+        blocks: set[int] = set()
+        for number, sequence in enumerate(selected, start=1):
+            blocks.update(ledger.owned(sequence.sequence_id))
+            counts.append(len(blocks) + number)
+        return counts
 
     def _num_staging(self, num_streamed_blocks: int) -> int:
         """Blocks of the device that this many host blocks pass through, group of layers by group."""

@@ -1,8 +1,10 @@
-"""How much KV running sequences may hold where the device has room for a part of it: what the link can carry.
+"""How much KV running sequences may hold where the device has room for a part of it: all that the host can, if it pays.
 
-The capacity law says what can be kept in motion. Pie lets its share grow while swaps stay hidden and throughput rises
-(arXiv 2411.09317). A single batch never hides all of them: its first layer waits. Where steps take longer as they hold
-more sequences, that is more than moving KV brings.
+Where several batches are in flight, loads are hidden behind the other batches. A step then uses all of the device and
+of the link whatever the number of sequences that wait for their turn, and more of them keep it full for longer (the
+tail of a job is short where its last rows began early). A single batch never hides all loads: its first layer waits.
+Pie lets its share grow while swaps stay hidden and throughput rises (arXiv 2411.09317); here a single batch swaps what
+the capacity law says can be kept in motion, where that is predicted to raise tokens per second.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class WorkingSetLimit:
         self._num_steps_left = 0
 
     def blocks(self) -> int:
-        """At least what the device holds."""
+        """At least what the device holds, at most what the host does."""
+        if self._budget.hides_all:
+            return self._state.ledger.num_blocks
         capacity = self._state.capacity
         num_device = capacity.num_blocks
         num_loaded = self._budget.blocks(self._step_time.decode_seconds)
@@ -44,12 +48,9 @@ class WorkingSetLimit:
         return by_law if self._pays else num_device
 
     def _is_faster(self, num_blocks: int, num_loaded: int) -> bool:
-        """Whether batches that hold `num_blocks` blocks together, of which a step loads some, draw more tokens per
-        second than batches that the device holds alone. They are taken to where all loads are hidden, or no time is
-        known.
+        """Whether a batch of `num_blocks` blocks, of which a step loads some, draws more tokens per second than one
+        that the device holds. It is taken to where no time is known.
         """
-        if self._budget.exposed_seconds(num_loaded) == 0:
-            return True
         alone = self._decodes_per_second(self._state.capacity.num_blocks, 0)
         moving = self._decodes_per_second(num_blocks, num_loaded)
         return alone is None or moving is None or moving >= (1 + LEAST_GAIN) * alone

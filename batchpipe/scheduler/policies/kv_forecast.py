@@ -27,6 +27,7 @@ class KvForecast:
     def __init__(self, survival: Survival, block_tokens: int, running: Collection[SequenceState]) -> None:
         self._survival = survival
         self._block_tokens = block_tokens
+        self._last_share: tuple[SequenceState | None, FloatArray, FloatArray] = (None, np.zeros(0), np.zeros(0))
         self.offsets_tokens = _offsets(int(survival.grid_tokens[-1]))
         blocks, alive = self._blocks_and_alive(running)
         self._mean: FloatArray = (blocks * alive).sum(axis=0)
@@ -58,8 +59,13 @@ class KvForecast:
         return float((mean + RISK_DEVIATIONS * np.sqrt(variance + level**2)).max())
 
     def _share_of(self, sequence: SequenceState) -> tuple[FloatArray, FloatArray]:
-        blocks, alive = self._blocks_and_alive([sequence])
-        return (blocks * alive)[0], (blocks**2 * alive * (1 - alive))[0]
+        # A sequence is added right after the peak with it was asked for.
+        known, mean, variance = self._last_share
+        if known is not sequence:
+            blocks, alive = self._blocks_and_alive([sequence])
+            mean, variance = (blocks * alive)[0], (blocks**2 * alive * (1 - alive))[0]
+            self._last_share = sequence, mean, variance
+        return mean, variance
 
     def _blocks_and_alive(self, sequences: Collection[SequenceState]) -> tuple[FloatArray, FloatArray]:
         """[N, M]: blocks held while alive, and the probability of being alive, at each of the M offsets."""

@@ -67,12 +67,12 @@ class Temporal(FirstInLine):
         return StepShape(num_decodes, self._ride_along_tokens(state, num_decodes) if possible else 0)
 
     def admits(self, state: SchedulerState, sequence: SequenceState) -> bool:
-        # Beyond the limit sequences wait for the link; beyond the last tier one of them loses its KV.
         if not state.has_blocks(sequence):
             return False
         forecast = self._current_forecast(state)
         if self._refused == (sequence.sequence_id, forecast):
             return False
+        # Beyond the last tier a sequence would lose its KV.
         fits = forecast.peak_blocks_with(sequence) <= state.ledger.num_blocks
         if not fits:
             self._refused = (sequence.sequence_id, forecast)
@@ -119,6 +119,8 @@ class Temporal(FirstInLine):
             return num_decodes
         each_tokens = state.context_tokens / len(state.running)
         sizes = {num_decodes, *(num_decodes // tile * tile for tile in _TILES if num_decodes >= 4 * tile)}
+        if len(sizes) == 1:
+            return num_decodes
 
         def rate(size: int) -> float:
             return size / bottleneck_seconds(cost, StepWork.decode(size, int(size * each_tokens)))
