@@ -26,7 +26,7 @@ STEP_SECONDS = 0.010
 BLOCK_BYTES = 128 << 10
 BLOCKS_PER_SECOND = 900
 CAPACITY = Capacity(
-    num_blocks=40,
+    num_blocks=52,
     block_tokens=16,
     num_stages=4,
     max_batches=4,
@@ -101,7 +101,8 @@ def first_step_of_both_kinds() -> tuple[Step, StepResult, set[int]]:
         while scheduler.has_room and (step := scheduler.next_step()):
             assert step.transfers is not None
             evicted = device.evicted_by(step)
-            if evicted and len(step.transfers.loads) and len(step.transfers.staged_blocks):
+            is_decode = bool((step.query_lengths == 1).all())
+            if is_decode and evicted and len(step.transfers.loads) and len(step.transfers.staged_blocks):
                 candidates[step.step_id] = step, evicted
             device.take(step)
             pipeline.submit(step)

@@ -69,11 +69,11 @@ def test_host_memory_of_all_stages_and_replicas_is_looked_for_before_loading(inf
     with pytest.raises(MemoryLimitError, match=r"12.00 GiB for 6 of them, and 8.00 GiB are free.*to 1365MiB or less"):
         place(GPUS, engine(kv_host_memory="2GiB"), info)
     unknown = replace(GPUS, host_free_bytes=None)
-    assert place(unknown, engine(kv_host_memory="2GiB"), info).offload.mode == "batch"
+    assert place(unknown, engine(kv_host_memory="2GiB"), info).offload.mode == "layer"
 
 
 def test_on_the_cpu_weights_and_device_kv_come_off_first(info: ModelInfo) -> None:
-    assert place(CPU, engine(kv_host_memory="900MiB"), info).offload.mode == "batch"
+    assert place(CPU, engine(kv_host_memory="900MiB"), info).offload.mode == "layer"
     with pytest.raises(MemoryLimitError, match="lower engine.kv_host_memory"):
         place(CPU, engine(kv_device_memory="200MiB", kv_host_memory="900MiB"), info)
     with pytest.raises(MemoryLimitError, match="lower engine.kv_host_memory"):
