@@ -49,7 +49,7 @@ class InFlight(NamedTuple):
 
 
 class Scheduler:
-    """policy: a schedule's name, or a policy of one's own. `state.survival` may be renewed between any two steps.
+    """`state.survival` may be renewed between any two steps.
 
     stream_of: (seed, row id, sample) to the number of a random stream. cost: what policies take a step's time from.
     """
@@ -57,7 +57,7 @@ class Scheduler:
     def __init__(
         self,
         capacity: Capacity,
-        policy: str | Policy,
+        schedule: str,
         eos_token_ids: frozenset[int],
         stream_of: Callable[[int, str, int], int],
         matcher_of: Callable[[SamplingParams], StopMatcher | None],
@@ -72,7 +72,7 @@ class Scheduler:
         self._running_set = RunningSet(self.state, self.swap)
         self._ends = SequenceEnds(self._running_set)
         self._allocator = Allocator(self._running_set, self._ends, self.swap)
-        self._policy = SCHEDULES[policy]() if isinstance(policy, str) else policy
+        self._policy = SCHEDULES[schedule]()
         self._progress = MakeProgress()
         self._in_flight: dict[int, InFlight] = {}
         self._num_decoding = 0  # steps in flight with decodes
