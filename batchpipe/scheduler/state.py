@@ -67,6 +67,14 @@ class SchedulerState:
             return False
         return self.ledger.new_blocks_for(sequence.prompt, sequence.num_tokens) + num_reserved <= num_spare
 
+    def pending_prefill_tokens(self, admits: bool) -> int:
+        """Tokens of prompts to compute: of those under way, and of those that find room where the first is admitted."""
+        num_tokens = sum(sequence.num_tokens - sequence.num_scheduled for sequence in self.prefilling)
+        if admits:
+            num_room = (self.limit_blocks - self.ledger.num_used) * self.ledger.block_tokens
+            num_tokens += max(num_room, self.waiting.first.num_tokens)
+        return num_tokens
+
     def blocks_of_prompts(self, num_tokens: int) -> int:
         """Blocks of the waiting prompts that can begin in a step which holds `num_tokens` tokens of prompts."""
         num_tokens -= sum(sequence.num_tokens - sequence.num_scheduled for sequence in self.prefilling)

@@ -9,6 +9,8 @@ from batchpipe.scheduler.sequence import SequenceState
 
 # A sequence that waited longer than this for its turn is loaded even where the link is late then.
 MAX_WAIT_TURNS = 4
+import os
+LR = float(os.environ.get('LR','10'))
 # This many may be passed over whose KV is more than what is left of the budget.
 MAX_SKIPS = 8
 
@@ -32,6 +34,7 @@ class PrefetchWindow:
     num_prefill_tokens: int
     step: int
     num_batches: int
+    num_steps_in_time: int
 
     def waited_turns(self, sequence: SequenceState) -> float:
         """Turns of its batch since the sequence was part of a step."""
@@ -47,7 +50,11 @@ def first_in_line(window: PrefetchWindow) -> list[SequenceState]:
             break
         num_more = window.num_missing_blocks(sequence)
         # A sequence larger than the budget would never run otherwise. The link is late then, for once.
-        is_overdue = not selected and window.waited_turns(sequence) >= MAX_WAIT_TURNS
+        is_overdue = (
+            not selected
+            and window.waited_turns(sequence) >= MAX_WAIT_TURNS
+            and num_more * LR <= window.limit_blocks * window.num_steps_in_time
+        )
         if num_blocks + num_more <= window.limit_blocks or is_overdue:
             selected.append(sequence)
             num_blocks += num_more

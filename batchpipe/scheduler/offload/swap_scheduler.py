@@ -53,6 +53,7 @@ class SwapScheduler:
         self._staging_blocks: list[int] = []
         self._num_last_staging = 0  # of the last step that streamed
         self._kept_free_blocks = 0
+        self._last_late_step = 0
 
     # -- a step's planning -----------------------------------------------------------------------------------------
 
@@ -73,12 +74,9 @@ class SwapScheduler:
         """At most `num_decodes` of the ready sequences, to decode beside this many tokens of prompts."""
         state = self._state
         self._kept_free_blocks = 0
-        if (
-            self._streams_layers
-            and num_prefill_tokens > 0
-            and state.waiting
-            and policy.admits(state, state.waiting.first)
-        ):
+        admits = num_prefill_tokens > 0 and bool(state.waiting) and policy.admits(state, state.waiting.first)
+        num_prefill_tokens = min(num_prefill_tokens, state.pending_prefill_tokens(admits))
+        if self._streams_layers and admits:
             # Room for prompts: without it the residents would run in every step, and no other sequence ever came.
             self._kept_free_blocks = state.blocks_of_prompts(num_prefill_tokens)
             self._eviction.make_room(0, self._kept_free_blocks + self._num_last_staging)
@@ -208,17 +206,23 @@ class SwapScheduler:
                 num_prefill_tokens=num_prefill_tokens,
                 step=self._step,
                 num_batches=num_batches,
+                num_steps_in_time=self._step - self._last_late_step,
             )
 
         if self._streams_layers:
             # A batch is about as large as the last one was: batches change slowly.
             num_expected = max(num_kept, min(num_decodes, self._step_time.last_num_decodes))
             seconds = self._step_time.seconds_of(num_expected, num_prefill_tokens)
-            coming = self._stream(policy.select_prefetch(self._state, window(self._budget.blocks(seconds))))
+            limit_blocks = self._budget.blocks(seconds)
+            sel = policy.select_prefetch(self._state, window(limit_blocks))
+            if sum(map(self._eviction.num_missing_blocks, sel)) > limit_blocks: self._last_late_step = self._step
+            coming = self._stream(sel)
         else:
             limit_blocks = self._budget.blocks(self._step_time.last_seconds)
             limit_blocks = min(limit_blocks, self._eviction.max_cold_blocks)
-            coming = [s for s in policy.select_prefetch(self._state, window(limit_blocks)) if self._enter(s)]
+            sel = policy.select_prefetch(self._state, window(limit_blocks))
+            if sum(map(self._eviction.num_missing_blocks, sel)) > limit_blocks: self._last_late_step = self._step
+            coming = [s for s in sel if self._enter(s)]
             # The loads of this step and of the one before stand on the device beside every batch's residents.
             num_kept = min(num_kept, max(0, ceil((num_residents - 2 * len(coming)) / num_batches)))
         context_tokens = self._state.mean_context_tokens * (num_kept + len(coming))

@@ -16,6 +16,9 @@ from batchpipe.scheduler.step_time import StepTime
 
 # Predictions err, and moving costs more than they know: a larger batch has to bring this much.
 LEAST_GAIN = 0.02
+# For each block that moves, this many may be in use, all but one of which wait for their turn.
+import os
+WAITING_TURNS = float(os.environ.get('WT','4'))
 # An answer stands for this many steps.
 RECONSIDER_STEPS = 32
 
@@ -33,13 +36,14 @@ class WorkingSetLimit:
 
     def blocks(self) -> int:
         """At least what the device holds, at most what the host does."""
-        if self._budget.hides_all:
-            return self._state.ledger.num_blocks
-        capacity = self._state.capacity
+        capacity, num_host = self._state.capacity, self._state.ledger.num_blocks
         num_device = capacity.num_blocks
         num_loaded = self._budget.blocks(self._step_time.decode_seconds)
         each = batch_capacity_blocks(num_device, num_loaded, capacity.max_batches, self._num_buffers)
-        by_law = max(num_device, min(int(capacity.max_batches * each), self._state.ledger.num_blocks))
+        num_moving = max(0, int(capacity.max_batches * each) - num_device)
+        if self._budget.hides_all:
+            return min(num_device + WAITING_TURNS * num_moving, num_host)
+        by_law = min(num_device + num_moving, num_host)
         if self._num_steps_left > 0:
             self._num_steps_left -= 1
         elif self._state.running:

@@ -8,7 +8,7 @@ distribution of each length for a predicted number.)
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, KeysView
 
 import numpy as np
 
@@ -22,16 +22,22 @@ _GROWTH = 1.2
 
 
 class KvForecast:
-    """Built from the running sequences; `add` counts one more in without looking at the others again."""
+    """Built from the running sequences; `add` and `remove` change one without looking at the others again."""
 
     def __init__(self, survival: Survival, block_tokens: int, running: Collection[SequenceState]) -> None:
         self._survival = survival
         self._block_tokens = block_tokens
-        self._last_share: tuple[SequenceState | None, FloatArray, FloatArray] = (None, np.zeros(0), np.zeros(0))
         self.offsets_tokens = _offsets(int(survival.grid_tokens[-1]))
-        blocks, alive = self._blocks_and_alive(running)
-        self._mean: FloatArray = (blocks * alive).sum(axis=0)
-        self._variance: FloatArray = (blocks**2 * alive * (1 - alive)).sum(axis=0)
+        means, variances = self._shares_of(running)
+        self._shares = {s.sequence_id: (means[row], variances[row]) for row, s in enumerate(running)}
+        self._asked: tuple[SequenceState, FloatArray, FloatArray] | None = None
+        self._mean: FloatArray = means.sum(axis=0)
+        self._variance: FloatArray = variances.sum(axis=0)
+
+    @property
+    def counted(self) -> KeysView[int]:
+        """The sequences that the forecast counts."""
+        return self._shares.keys()
 
     @property
     def mean_blocks(self) -> FloatArray:
@@ -42,15 +48,27 @@ class KvForecast:
         """What is needed at the worst moment, but for the risk taken."""
         return self._peak(self._mean, self._variance)
 
-    def peak_blocks_with(self, sequence: SequenceState) -> float:
-        """What is needed at the worst moment, but for the risk taken, if this sequence ran too."""
-        mean, variance = self._share_of(sequence)
-        return self._peak(self._mean + mean, self._variance + variance)
+    def peak_blocks_with(self, sequence: SequenceState) -> tuple[float, float]:
+        """What is expected at the worst moment if this sequence ran too, and what is needed but for the risk taken."""
+        means, variances = self._shares_of([sequence])
+        self._asked = sequence, means[0], variances[0]
+        mean = self._mean + means[0]
+        return float(mean.max()), self._peak(mean, self._variance + variances[0])
 
     def add(self, sequence: SequenceState) -> None:
-        mean, variance = self._share_of(sequence)
+        if self._asked is None or self._asked[0] is not sequence:
+            self.peak_blocks_with(sequence)
+        assert self._asked is not None
+        _, mean, variance = self._asked
+        self._shares[sequence.sequence_id] = mean, variance
         self._mean = self._mean + mean
         self._variance = self._variance + variance
+
+    def remove(self, sequence_id: int) -> None:
+        """The sequence has ended, or has lost its KV."""
+        mean, variance = self._shares.pop(sequence_id)
+        self._mean = self._mean - mean
+        self._variance = np.maximum(self._variance - variance, 0.0)
 
     def _peak(self, mean: FloatArray, variance: FloatArray) -> float:
         """Rows err each for itself, and all together as far as their level is not known; what is held now is sure."""
@@ -58,14 +76,11 @@ class KvForecast:
         level[0] = 0.0
         return float((mean + RISK_DEVIATIONS * np.sqrt(variance + level**2)).max())
 
-    def _share_of(self, sequence: SequenceState) -> tuple[FloatArray, FloatArray]:
-        # A sequence is added right after the peak with it was asked for.
-        known, mean, variance = self._last_share
-        if known is not sequence:
-            blocks, alive = self._blocks_and_alive([sequence])
-            mean, variance = (blocks * alive)[0], (blocks**2 * alive * (1 - alive))[0]
-            self._last_share = sequence, mean, variance
-        return mean, variance
+    def _shares_of(self, sequences: Collection[SequenceState]) -> tuple[FloatArray, FloatArray]:
+        """[N, M] each: mean and variance of each sequence's blocks at each of the M offsets."""
+        blocks, alive = self._blocks_and_alive(sequences)
+        held = blocks * alive
+        return held, held * blocks * (1 - alive)
 
     def _blocks_and_alive(self, sequences: Collection[SequenceState]) -> tuple[FloatArray, FloatArray]:
         """[N, M]: blocks held while alive, and the probability of being alive, at each of the M offsets."""

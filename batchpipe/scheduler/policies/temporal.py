@@ -37,7 +37,7 @@ BALANCE_SHARE = 0.03
 RIDE_SURPLUS = 1.25
 # A longer step is worth it while it takes no more than this part longer.
 FLAT = 0.02
-# A forecast serves while every sequence draws this many tokens.
+# A forecast is made anew after this many tokens of every sequence.
 REFRESH_TOKENS = 4
 _TILES = (128, 64, 32, 16)
 _LOOK_AHEAD_REQUESTS = 64
@@ -49,8 +49,7 @@ class Temporal(FirstInLine):
         self._filling = True
         self._age_steps = 0
         self._forecast: KvForecast | None = None
-        self._counted: set[int] = set()
-        self._refused: tuple[int, KvForecast] | None = None  # asked again only of a new forecast
+        self._refused: int | None = None  # not asked for again until the forecast falls
         self._prompt_per_output = 0.0
         self._next_look_steps = 0
 
@@ -70,12 +69,13 @@ class Temporal(FirstInLine):
         if not state.has_blocks(sequence):
             return False
         forecast = self._current_forecast(state)
-        if self._refused == (sequence.sequence_id, forecast):
+        if self._refused == sequence.sequence_id:
             return False
-        # Beyond the last tier a sequence would lose its KV.
-        fits = forecast.peak_blocks_with(sequence) <= state.ledger.num_blocks
+        expected_blocks, risked_blocks = forecast.peak_blocks_with(sequence)
+        # Beyond the limit sequences wait for the link; beyond the last tier one of them loses its KV.
+        fits = expected_blocks <= state.limit_blocks and risked_blocks <= state.ledger.num_blocks
         if not fits:
-            self._refused = (sequence.sequence_id, forecast)
+            self._refused = sequence.sequence_id
         return fits
 
     def select(
@@ -86,19 +86,23 @@ class Temporal(FirstInLine):
         return balanced_selection(candidates, num_decodes, context_tokens)
 
     def _current_forecast(self, state: SchedulerState) -> KvForecast:
-        if self._forecast is None or self._age_steps >= REFRESH_TOKENS * state.capacity.max_batches:
-            running = state.running.values()
+        forecast, running = self._forecast, state.running
+        if forecast is None or self._age_steps >= REFRESH_TOKENS * state.capacity.max_batches:
             survival = state.survival or never_ending()
-            self._forecast = KvForecast(survival, state.capacity.block_tokens, running)
-            self._counted = set(state.running)
-            self._age_steps = 0
-            return self._forecast
-        for sequence in reversed(state.running.values()):
-            if sequence.sequence_id in self._counted:
+            forecast = KvForecast(survival, state.capacity.block_tokens, running.values())
+            self._forecast, self._age_steps, self._refused = forecast, 0, None
+            return forecast
+        for sequence in reversed(running.values()):
+            if sequence.sequence_id in forecast.counted:
                 break
-            self._forecast.add(sequence)
-            self._counted.add(sequence.sequence_id)
-        return self._forecast
+            forecast.add(sequence)
+        # In a pipeline a step with prompts holds up the other batches, so room that falls free is given away in groups,
+        # by the next forecast; a single batch gives it away at once.
+        if state.capacity.max_batches == 1 and len(forecast.counted) > len(running):
+            self._refused = None
+            for sequence_id in forecast.counted - running.keys():
+                forecast.remove(sequence_id)
+        return forecast
 
     def _fills(self, state: SchedulerState) -> bool:
         """Whether the step holds prefills alone. The device's own blocks decide, which do not change as a run goes on:

@@ -11,7 +11,6 @@ from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import describe_model
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.local import LocalPipeline
-from batchpipe.pipeline.memory import StageMemory
 from batchpipe.pipeline.multiprocess import MultiprocessPipeline
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
 from batchpipe.placement.open import stage_specs
@@ -30,6 +29,21 @@ from tests.tiny_models import tiny_model
 NUM_STEPS = 25
 MODES = {"loads": ("load",), "streams": ("stream",), "both": ("load", "stream")}
 STREAMS_PER_BLOCK = {1: 2, 2: 1}  # the tiny model has four layers
+
+
+def capacity_of(
+    num_stages: int, max_batches: int, *, two_tiers: bool = True, num_host_blocks: int = NUM_HOST_BLOCKS
+) -> Capacity:
+    return Capacity(
+        num_blocks=NUM_BLOCKS if two_tiers else NUM_HOST_BLOCKS,
+        block_tokens=BLOCK_TOKENS,
+        num_stages=num_stages,
+        max_batches=max_batches,
+        max_step_tokens=MAX_STEP_TOKENS,
+        max_batch_sequences=8,
+        num_host_blocks=num_host_blocks if two_tiers else 0,
+        streams_per_block=STREAMS_PER_BLOCK.get(num_stages, 0) if two_tiers else 0,
+    )
 
 
 def open_pipeline(
@@ -56,21 +70,10 @@ def open_pipeline(
     specs = stage_specs(engine, info, StageSplit("cpu", stage_layers(info, num_stages)), BLOCK_TOKENS)
     specs = [replace(spec, kv_verify=kv_verify, link=link) for spec in specs]
 
-    def offered(stages: Sequence[StageMemory]) -> Capacity:
-        return Capacity(
-            num_blocks=NUM_BLOCKS if two_tiers else NUM_HOST_BLOCKS,
-            block_tokens=BLOCK_TOKENS,
-            num_stages=num_stages,
-            max_batches=max_batches,
-            max_step_tokens=MAX_STEP_TOKENS,
-            max_batch_sequences=8,
-            num_host_blocks=num_host_blocks if two_tiers else 0,
-            streams_per_block=STREAMS_PER_BLOCK.get(num_stages, 0) if two_tiers else 0,
-        )
-
+    capacity = capacity_of(num_stages, max_batches, two_tiers=two_tiers, num_host_blocks=num_host_blocks)
     if not workers:
-        return LocalPipeline(specs, offered)
-    return MultiprocessPipeline.open([specs], offered)[0]
+        return LocalPipeline(specs, lambda stages: capacity)
+    return MultiprocessPipeline.open([specs], lambda stages: capacity)[0]
 
 
 def run(pipeline: Pipeline, steps: Sequence[Step]) -> list[StepResult]:

@@ -7,9 +7,11 @@ from statistics import mean
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batchpipe.cost.model import KvLink
-from batchpipe.scheduler.offload.prefetch_budget import GROWTH, START_BLOCKS, PrefetchBudget
+from batchpipe.scheduler.offload.prefetch_budget import GROWTH, START_BLOCKS, PrefetchBudget, StallFeedback
 from batchpipe.types import LinkUse
 from tests.cost.formula_cost import FormulaCost
 
@@ -140,3 +142,19 @@ def test_an_unpredicted_step_is_taken_to_be_as_long_as_the_last_one_without_its_
     budget.observe(2 * TRUE_BLOCKS, stage_seconds, uses)
     assert stage_seconds[0] == pytest.approx(2 * STEP_SECONDS)
     assert budget.blocks() == budget.blocks(STEP_SECONDS) == TRUE_BLOCKS
+
+
+@given(shares=st.lists(st.floats(0, 5), min_size=1, max_size=300))
+def test_the_correction_stays_within_its_bounds(shares: list[float]) -> None:
+    feedback = StallFeedback()
+    for share in shares:
+        feedback.observe(share * 0.01, 0.01)
+        assert StallFeedback.LEAST <= feedback.factor <= StallFeedback.MOST
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.6, 0.9])
+def test_the_correction_finds_what_the_link_really_carries(rate: float) -> None:
+    feedback = StallFeedback()
+    for _ in range(2000):
+        feedback.observe(max(0.0, feedback.factor / rate - 1), 1.0)
+    assert feedback.factor == pytest.approx(rate, rel=0.05)
