@@ -9,8 +9,8 @@ from batchpipe.scheduler.sequence import SequenceState
 
 # A sequence that waited longer than this for its turn is loaded even where the link is late then.
 MAX_WAIT_TURNS = 4
-import os
-LR = float(os.environ.get('LR','10'))
+# Of the time, the part that the link is late at most for loads beyond the budget.
+LATE_SHARE = 0.5
 # This many may be passed over whose KV is more than what is left of the budget.
 MAX_SKIPS = 8
 
@@ -23,7 +23,7 @@ class PrefetchWindow:
     prefetch budget and by the room that the previous batch leaves. max_sequences: of those loaded.
     num_missing_blocks: what one of them lacks on the device.
     resident: the batch's sequences whose KV is on the device. num_prefill_tokens: of prompts in the same step.
-    step: the number of the step that is planned.
+    step: the number of the step that is planned. num_steps_in_time: steps since loads last exceeded the budget.
     """
 
     absent: Sequence[SequenceState]
@@ -53,7 +53,7 @@ def first_in_line(window: PrefetchWindow) -> list[SequenceState]:
         is_overdue = (
             not selected
             and window.waited_turns(sequence) >= MAX_WAIT_TURNS
-            and num_more * LR <= window.limit_blocks * window.num_steps_in_time
+            and num_more <= LATE_SHARE * window.limit_blocks * window.num_steps_in_time
         )
         if num_blocks + num_more <= window.limit_blocks or is_overdue:
             selected.append(sequence)

@@ -213,22 +213,23 @@ class SwapScheduler:
             # A batch is about as large as the last one was: batches change slowly.
             num_expected = max(num_kept, min(num_decodes, self._step_time.last_num_decodes))
             seconds = self._step_time.seconds_of(num_expected, num_prefill_tokens)
-            limit_blocks = self._budget.blocks(seconds)
-            sel = policy.select_prefetch(self._state, window(limit_blocks))
-            if sum(map(self._eviction.num_missing_blocks, sel)) > limit_blocks: self._last_late_step = self._step
-            coming = self._stream(sel)
+            coming = self._stream(self._prefetched(policy, window(self._budget.blocks(seconds))))
         else:
             limit_blocks = self._budget.blocks(self._step_time.last_seconds)
             limit_blocks = min(limit_blocks, self._eviction.max_cold_blocks)
-            sel = policy.select_prefetch(self._state, window(limit_blocks))
-            if sum(map(self._eviction.num_missing_blocks, sel)) > limit_blocks: self._last_late_step = self._step
-            coming = [s for s in sel if self._enter(s)]
+            coming = [s for s in self._prefetched(policy, window(limit_blocks)) if self._enter(s)]
             # The loads of this step and of the one before stand on the device beside every batch's residents.
             num_kept = min(num_kept, max(0, ceil((num_residents - 2 * len(coming)) / num_batches)))
         context_tokens = self._state.mean_context_tokens * (num_kept + len(coming))
         context_tokens -= sum([sequence.num_tokens for sequence in coming])
         resident = [sequence for sequence in resident if sequence.sequence_id in self.device_cache]
         return policy.select(self._state, resident, num_kept, context_tokens) + coming
+
+    def _prefetched(self, policy: Policy, window: PrefetchWindow) -> list[SequenceState]:
+        selected = policy.select_prefetch(self._state, window)
+        if sum(map(window.num_missing_blocks, selected)) > window.limit_blocks:
+            self._last_late_step = self._step
+        return selected
 
     def _stream(self, selected: list[SequenceState]) -> list[SequenceState]:
         """Those of the selected, in order, whose KV finds room to pass through the device beside the step.

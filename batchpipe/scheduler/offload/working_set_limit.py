@@ -1,10 +1,10 @@
-"""How much KV running sequences may hold where the device has room for a part of it: all that the host can, if it pays.
+"""How much KV running sequences may hold where the device has room for a part of it.
 
-Where several batches are in flight, loads are hidden behind the other batches. A step then uses all of the device and
-of the link whatever the number of sequences that wait for their turn, and more of them keep it full for longer (the
-tail of a job is short where its last rows began early). A single batch never hides all loads: its first layer waits.
-Pie lets its share grow while swaps stay hidden and throughput rises (arXiv 2411.09317); here a single batch swaps what
-the capacity law says can be kept in motion, where that is predicted to raise tokens per second.
+The capacity law says what a link can keep in motion. Where several batches are in flight their loads are hidden behind
+each other. A step then uses all of the device and of the link whatever the number of sequences that wait for a turn,
+and more of them keep it full for longer: the tail of a job is short where its last rows began early. A single batch
+never hides all loads: its first layer waits. Pie lets its share grow while swaps stay hidden and throughput rises
+(arXiv 2411.09317); here a single batch swaps what the law says, where that is predicted to raise tokens per second.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from batchpipe.scheduler.step_time import StepTime
 
 # Predictions err, and moving costs more than they know: a larger batch has to bring this much.
 LEAST_GAIN = 0.02
-# For each block that moves, this many may be in use, all but one of which wait for their turn.
-import os
-WAITING_TURNS = float(os.environ.get('WT','4'))
+# Where loads are hidden, this many blocks may be in use for each one that the law keeps in motion.
+WAITING_TURNS = 4
 # An answer stands for this many steps.
 RECONSIDER_STEPS = 32
 
