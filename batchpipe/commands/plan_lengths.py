@@ -14,7 +14,7 @@ from batchpipe.runner.prepare import Prepared
 from batchpipe.sample.rng import stream_of
 from batchpipe.types import FinishReason, Int32Array, Request
 
-# Lengths that lie so many standard errors off are named as the shortest and the longest: nine jobs in ten lie between.
+# Standard errors to the shortest and the longest lengths that are named: nine jobs in ten lie between.
 INTERVAL_ERRORS = 1.65
 _SEED = 0
 
@@ -36,8 +36,8 @@ class Lengths:
         if predictor is not None and self.requests:
             self._classes = predictor.classify([request.prompt_token_ids for request in requests])
         taught = self.predictor()
-        nobody = np.zeros(0, np.int32)
-        self._curves = None if taught is None else taught.survival(nobody, nobody)
+        none = np.zeros(0, np.int32)
+        self._curves = None if taught is None else taught.survival(none, none)
 
     @property
     def scales(self) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from batchpipe.job import Job
 from batchpipe.runner.prepare import prepare
 from batchpipe.types import FailedRow
 
-# Of each kind of failure so many rows are listed; the counts are of all.
+# Rows of each kind of failure that are listed; the counts are of all.
 LISTED_PER_CODE = 5
 
 

@@ -108,7 +108,7 @@ class CostModel(Protocol):
         ...
 
     def handoff_seconds(self, num_tokens: int) -> float:
-        """From the end of one stage to the start of the next, for the hidden states of so many tokens."""
+        """From the end of one stage to the start of the next, for the hidden states of `num_tokens` tokens."""
         ...
 
 

@@ -11,7 +11,7 @@ from batchpipe.kv.layout import KvLayout
 
 
 class TimedSteps:
-    """Seconds of a step on a stage of so many layers, summed from the tables.
+    """Seconds of a step on a stage of `num_layers` layers, summed from the tables.
 
     random_share: of the rows that draw a token, those that are not greedy.
     """

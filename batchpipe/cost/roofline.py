@@ -61,7 +61,7 @@ class RooflineCost:
 
     @classmethod
     def pipeline(cls, hardware: Hardware, model: ModelShape, num_stages: int | None = None) -> RooflineCost:
-        """A stage a device (as many as there are, where `num_stages` is None), cut so that the slowest is fastest."""
+        """A stage a device (`num_stages` None: all devices), cut so that the slowest stage is fastest."""
         num_stages = hardware.num_devices if num_stages is None else num_stages
         return cls(
             hardware,
@@ -71,7 +71,7 @@ class RooflineCost:
 
     @classmethod
     def tensor_parallel(cls, hardware: Hardware, model: ModelShape) -> RooflineCost:
-        """One stage of all devices. Raises JobError where the file has no all-reduce rate for so many."""
+        """One stage of all devices. Raises JobError where the file has no all-reduce rate for their number."""
         return cls(hardware, model, [range(model.num_layers)], hardware.num_devices)
 
     @property

@@ -3,7 +3,7 @@
 Block numbers are global: every stage keeps its own layers' share of the same block, so one ledger speaks for all.
 Sequences whose prompts begin alike own the full blocks of that beginning together (`PrefixCache`), and a block that was
 so shared is kept for the next one after its last owner has left, until its room is needed.
-Invariant (`check_integrity`): every block is free, or kept, or has owners, as many as it counts.
+Invariant (`check_integrity`): every block is free, or kept, or has the number of owners that it counts.
 """
 
 from __future__ import annotations

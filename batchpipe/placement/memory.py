@@ -45,7 +45,7 @@ def memory_beside_weights(
 
 
 def check_host_memory(kv_host_bytes: int, num_pools: int, free_host_bytes: int) -> None:
-    """Raises MemoryLimitError where so many pools of KV do not fit what the host has free for them."""
+    """Raises MemoryLimitError where `num_pools` pools of KV do not fit what the host has free for them."""
     asked_bytes, free_host_bytes = num_pools * kv_host_bytes, max(0, free_host_bytes)
     if asked_bytes > free_host_bytes:
         raise MemoryLimitError(

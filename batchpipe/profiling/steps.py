@@ -93,7 +93,7 @@ def build_steps(shapes: Sequence[Shape], num_blocks: int, block_tokens: int, voc
 
 
 def announcing(step: Step, num_sequences: int) -> Step:
-    """The step, with so many greedy sequences announced to the sampler before it."""
+    """The step, with `num_sequences` greedy sequences announced to the sampler before it."""
     return replace(step, started=tuple(map(sequence_start, range(num_sequences))))
 
 

@@ -23,7 +23,7 @@ GROWTH = 2
 _RATE_STEPS = 5
 # Of a budget, how far from it a step may load and still tell by its stall whether the budget is right.
 _NEAR = 0.25
-# A stall as long as this part of the loads: nothing ran beside them, so it does not tell whether they were too many.
+# A stall of this part of the loads' time: nothing ran beside them, so it does not tell whether they were too many.
 _ALONE = 0.9
 # Of a step, the longest stall that is felt: the rate, not the factor, has to follow a link that became slow.
 _FELT = 0.1
