@@ -14,7 +14,7 @@ from batchpipe.write.row_set import RowCounts
 
 
 def status_of(path: Path) -> dict[str, Any]:
-    """Counts of committed input rows, parts, the process that runs it (None: none does) and the metrics of the last run.
+    """Counts of committed input rows, parts, its process (None: it does not run) and the metrics of the last run.
 
     Rows that stand in the row log, waiting for their part to fill, are not counted yet.
     Raises OutputError where `path` is no output folder. Takes nothing from a run under way.

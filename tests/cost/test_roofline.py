@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from batchpipe.cost.hardware import load_hardware
 from batchpipe.cost.model import KvLink, StepWork
-from batchpipe.cost.model_shape import KNOWN_SHAPES
 from batchpipe.cost.roofline import RooflineCost
+from tests.cost.published_shapes import KNOWN_SHAPES
 
 WORKS = st.builds(
     StepWork,

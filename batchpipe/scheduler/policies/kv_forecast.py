@@ -30,7 +30,7 @@ class KvForecast:
         self.offsets_tokens = _offsets(int(survival.grid_tokens[-1]))
         means, variances = self._shares_of(running)
         self._shares = {s.sequence_id: (means[row], variances[row]) for row, s in enumerate(running)}
-        self._asked: tuple[SequenceState, FloatArray, FloatArray] | None = None
+        self._last_asked: tuple[SequenceState, FloatArray, FloatArray] | None = None
         self._mean: FloatArray = means.sum(axis=0)
         self._variance: FloatArray = variances.sum(axis=0)
 
@@ -50,17 +50,12 @@ class KvForecast:
 
     def peak_blocks_with(self, sequence: SequenceState) -> tuple[float, float]:
         """What is expected at the worst moment if this sequence ran too, and what is needed but for the risk taken."""
-        means, variances = self._shares_of([sequence])
-        self._asked = sequence, means[0], variances[0]
-        mean = self._mean + means[0]
-        return float(mean.max()), self._peak(mean, self._variance + variances[0])
+        share_mean, share_variance = self._share_of(sequence)
+        mean = self._mean + share_mean
+        return float(mean.max()), self._peak(mean, self._variance + share_variance)
 
     def add(self, sequence: SequenceState) -> None:
-        if self._asked is None or self._asked[0] is not sequence:
-            self.peak_blocks_with(sequence)
-        assert self._asked is not None
-        _, mean, variance = self._asked
-        self._shares[sequence.sequence_id] = mean, variance
+        mean, variance = self._shares[sequence.sequence_id] = self._share_of(sequence)
         self._mean = self._mean + mean
         self._variance = self._variance + variance
 
@@ -75,6 +70,13 @@ class KvForecast:
         level = self._survival.level_error * mean
         level[0] = 0.0
         return float((mean + RISK_DEVIATIONS * np.sqrt(variance + level**2)).max())
+
+    def _share_of(self, sequence: SequenceState) -> tuple[FloatArray, FloatArray]:
+        # The first of the waiting sequences is asked for several times in a step, and added then.
+        if self._last_asked is None or self._last_asked[0] is not sequence:
+            means, variances = self._shares_of([sequence])
+            self._last_asked = sequence, means[0], variances[0]
+        return self._last_asked[1:]
 
     def _shares_of(self, sequences: Collection[SequenceState]) -> tuple[FloatArray, FloatArray]:
         """[N, M] each: mean and variance of each sequence's blocks at each of the M offsets."""
