@@ -13,7 +13,7 @@ from batchpipe.scheduler.completion import SequenceEnds
 from batchpipe.scheduler.offload.swap_scheduler import SwapScheduler
 from batchpipe.scheduler.running_set import RunningSet
 from batchpipe.scheduler.sequence import SequenceState
-from batchpipe.scheduler.step_builder import Chunk
+from batchpipe.scheduler.step_builder import PrefillChunk
 
 
 class Allocator:
@@ -25,34 +25,38 @@ class Allocator:
         self._step = 0
 
     def begin_step(self, step: int) -> None:
-        """Chunks are those of this step from now on."""
+        """What is scheduled from now on belongs to this step."""
         self._step = step
 
-    def decode(self, selected: Iterable[SequenceState]) -> list[Chunk]:
-        """A token each for the selected ready sequences, less those that lose their KV to an older one."""
-        state, chunks = self._state, list[Chunk]()
+    def decode(self, selected: Iterable[SequenceState]) -> list[SequenceState]:
+        """The selected ready sequences, for a token each, less those that lose their KV to an older one."""
+        state, decodes = self._state, list[SequenceState]()
         for sequence in selected:
             has_block = sequence.num_tokens <= sequence.allocated_tokens
             if sequence.sequence_id in state.running and (has_block or self._add_block(sequence)):
-                chunks.append(self._schedule(sequence, 1))
+                self._schedule(sequence, 1)
+                decodes.append(sequence)
         state.ready = deque([sequence for sequence in state.ready if sequence.num_in_flight == 0])
-        return chunks
+        return decodes
 
-    def decode_oldest(self) -> list[Chunk]:
+    def decode_oldest(self) -> list[SequenceState]:
         """With nothing in flight the whole device is there for the oldest ready sequence: it runs, or it never can."""
         while self._swap is not None and self._state.ready:
             sequence = self._state.ready[0]
             has_block = sequence.num_tokens <= sequence.allocated_tokens
             if self._swap.bring_alone(sequence) and (has_block or self._add_block(sequence)):
                 self._state.ready.popleft()
-                return [self._schedule(sequence, 1)]
+                self._schedule(sequence, 1)
+                return [sequence]
             if sequence.sequence_id in self._state.running:
                 self._ends.fail_too_large(sequence)
         return []
 
-    def prefill(self, num_tokens: int, max_sequences: int, admits: Callable[[SequenceState], bool]) -> list[Chunk]:
+    def prefill(
+        self, num_tokens: int, max_sequences: int, admits: Callable[[SequenceState], bool]
+    ) -> list[PrefillChunk]:
         """Chunks of prompts that come to `num_tokens` tokens at most, of sequences under way and of admitted ones."""
-        state, chunks = self._state, list[Chunk]()
+        state, chunks = self._state, list[PrefillChunk]()
         while num_tokens > 0 and len(chunks) < max_sequences:
             if not state.prefilling:
                 is_admitted = bool(state.waiting) and admits(state.waiting.first) and self._running_set.admit()
@@ -61,20 +65,21 @@ class Allocator:
             sequence = state.prefilling[0]
             if self._swap is not None:
                 self._swap.keep(sequence)
-            num_chunk = min(num_tokens, sequence.num_tokens - sequence.num_scheduled)
-            chunks.append(self._schedule(sequence, num_chunk))
+            num_context = sequence.num_scheduled
+            num_chunk = min(num_tokens, sequence.num_tokens - num_context)
+            self._schedule(sequence, num_chunk)
+            is_whole = sequence.num_scheduled == sequence.num_tokens
+            chunks.append(PrefillChunk(sequence, num_context, num_chunk, is_whole))
             state.ledger.learn(sequence.sequence_id, sequence.prompt, sequence.num_scheduled)
             num_tokens -= num_chunk
-            if sequence.num_scheduled == sequence.num_tokens:
+            if is_whole:
                 state.prefilling.popleft()
         return chunks
 
-    def _schedule(self, sequence: SequenceState, num_tokens: int) -> Chunk:
-        context = sequence.num_scheduled
+    def _schedule(self, sequence: SequenceState, num_tokens: int) -> None:
         sequence.num_scheduled += num_tokens
         sequence.num_in_flight += 1
         sequence.last_step = self._step
-        return Chunk(sequence, context, num_tokens, sequence.num_scheduled == sequence.num_tokens)
 
     def _add_block(self, sequence: SequenceState) -> bool:
         """Gives the sequence a block for its next token, by preempting later sequences if need be."""

@@ -8,7 +8,7 @@ from batchpipe.scheduler.offload.swap_scheduler import SwapScheduler
 from batchpipe.scheduler.prefix_copy import PrefixCopies
 from batchpipe.scheduler.sequence import SequenceState
 from batchpipe.scheduler.state import SchedulerState
-from batchpipe.scheduler.step_builder import BlockTables, Chunk, build_step
+from batchpipe.scheduler.step_builder import BlockTables, PrefillChunk, build_step
 from batchpipe.types import Step
 
 logger = logging.getLogger(__name__)
@@ -130,11 +130,12 @@ class RunningSet:
         """For stages that were started anew and know no sequence."""
         self.started, self.released, self.copied_blocks = [], [], []
 
-    def build_step(self, step_id: int, decodes: list[Chunk], prefills: list[Chunk]) -> Step:
-        """The step of these chunks, with the sequences started and released and blocks copied since the last one."""
+    def build_step(self, step_id: int, decodes: list[SequenceState], prefills: list[PrefillChunk]) -> Step:
+        """The step of these sequences, with the sequences started and released and blocks copied since the last one."""
         step = build_step(
             step_id,
-            decodes + prefills,
+            decodes,
+            prefills,
             self.tables,
             self.state.ledger.block_tokens,
             self.started,

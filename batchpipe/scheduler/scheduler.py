@@ -27,7 +27,7 @@ from batchpipe.scheduler.policies.schedules import SCHEDULES
 from batchpipe.scheduler.running_set import RunningSet
 from batchpipe.scheduler.sequence import SequenceState, StopMatcher
 from batchpipe.scheduler.state import SchedulerState
-from batchpipe.scheduler.step_builder import Chunk
+from batchpipe.scheduler.step_builder import PrefillChunk
 from batchpipe.types import (
     Capacity,
     FinishedRequest,
@@ -42,7 +42,8 @@ from batchpipe.types import (
 class InFlight(NamedTuple):
     """What the scheduler must know of a step when its result comes."""
 
-    chunks: list[Chunk]
+    sequences: list[SequenceState]
+    samples: list[bool]  # whether each of them samples a token
     has_decodes: bool
     transfers: Transfers | None
     first_admission: int  # of the sequences that were admitted for this step or later
@@ -157,20 +158,23 @@ class Scheduler:
         self._next_step_id += 1
         if self.swap is not None:
             self.swap.foresee(step, len(decodes))
-        self._in_flight[step.step_id] = InFlight(decodes + prefills, bool(decodes), step.transfers, first_admission)
+        sequences = decodes + [chunk.sequence for chunk in prefills]
+        self._in_flight[step.step_id] = InFlight(
+            sequences, step.samples.tolist(), bool(decodes), step.transfers, first_admission
+        )
         self._num_decoding += bool(decodes)
         return step
 
     def record(self, result: StepResult) -> None:
         """Takes a step's tokens in; whatever ends with them leaves by `take_finished`."""
-        chunks, has_decodes, transfers, first_admission = self._in_flight.pop(result.step_id)
+        sequences, samples, has_decodes, transfers, first_admission = self._in_flight.pop(result.step_id)
         self._num_decoding -= has_decodes
         if self.swap is not None and transfers is not None:
             self.swap.observe(transfers, result)
         token_ids: Iterator[int] = iter(result.token_ids.tolist())
-        for sequence, _, _, samples in chunks:
+        for sequence, is_sampled in zip(sequences, samples, strict=True):
             sequence.num_in_flight -= 1
-            token_id = next(token_ids) if samples else None
+            token_id = next(token_ids) if is_sampled else None
             found = result.corrupt.get(sequence.sequence_id) if result.corrupt else None
             if found:
                 self._running_set.find_corrupt(sequence, found, first_admission)
@@ -212,14 +216,14 @@ class Scheduler:
 
     # -- what a step is made of ----------------------------------------------------------------------------------
 
-    def _fill(self, policy: Policy) -> tuple[list[Chunk], list[Chunk]]:
+    def _fill(self, policy: Policy) -> tuple[list[SequenceState], list[PrefillChunk]]:
         """The decodes and the prefills of the next step: the policy proposes a shape, the allocator commits."""
         state = self.state
         self._allocator.begin_step(self._next_step_id)
         if self.swap is not None:
             self.swap.begin_step(self._next_step_id, idle=not self._in_flight)
         shape = policy.choose(state)
-        decodes: list[Chunk] = []
+        decodes: list[SequenceState] = []
         if shape.num_decodes > 0 and state.ready:
             decodes = self._allocator.decode(self._select(policy, shape))
             if not decodes and shape.is_last_resort:

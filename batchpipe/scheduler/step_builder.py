@@ -1,4 +1,4 @@
-"""From chosen chunks to an immutable `Step`: the arrays that every stage obeys."""
+"""From the chosen sequences to an immutable `Step`: the arrays that every stage obeys."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from batchpipe.scheduler.sequence import SequenceState
 from batchpipe.types import Int32Array, SequenceStart, Step
 
 
-class Chunk(NamedTuple):
-    """`num_tokens` new tokens of a sequence behind `num_context` tokens; `samples`: a token is drawn at its end."""
+class PrefillChunk(NamedTuple):
+    """`num_tokens` new tokens of a sequence behind `num_context` tokens; `samples`: a token is sampled at their end."""
 
     sequence: SequenceState
     num_context: int
@@ -48,44 +48,40 @@ class BlockTables:
 
 def build_step(
     step_id: int,
-    chunks: Sequence[Chunk],
+    decodes: Sequence[SequenceState],
+    prefills: Sequence[PrefillChunk],
     tables: BlockTables,
     block_tokens: int,
     started: Sequence[SequenceState],
     released: Sequence[int],
     copied_blocks: Sequence[tuple[int, int]],
 ) -> Step:
-    sequences, contexts, lengths, samples = zip(*chunks, strict=True)
-    query_lengths = np.array(lengths, dtype=np.int32)
+    """Decodes come first: each has one new token, the one that it sampled last."""
+    sequences = [*decodes, *[chunk.sequence for chunk in prefills]]
+    num_decodes = len(decodes)
+    query_lengths = np.ones(len(sequences), dtype=np.int32)
+    query_lengths[num_decodes:] = [chunk.num_tokens for chunk in prefills]
+    samples = np.ones(len(sequences), dtype=np.bool_)
+    samples[num_decodes:] = [chunk.samples for chunk in prefills]
+    contexts = [sequence.num_scheduled - 1 for sequence in decodes] + [chunk.num_context for chunk in prefills]
     context_lengths = np.array(contexts, dtype=np.int32)
+    token_ids = [np.array([sequence.generated[-1] for sequence in decodes], dtype=np.int32)]
+    token_ids += [
+        chunk.sequence.token_slice(chunk.num_context, chunk.num_context + chunk.num_tokens) for chunk in prefills
+    ]
     num_blocks = -(-int((context_lengths + query_lengths).max()) // block_tokens)
     return Step(
         step_id=step_id,
         sequence_ids=tuple([sequence.sequence_id for sequence in sequences]),
         query_lengths=query_lengths,
         context_lengths=context_lengths,
-        token_ids=_token_ids(chunks),
+        token_ids=np.concatenate(token_ids),
         block_tables=tables.gather([sequence.slot for sequence in sequences], num_blocks),
-        samples=np.array(samples, dtype=np.bool_),
+        samples=samples,
         copied_blocks=np.array(copied_blocks, dtype=np.int32).reshape(-1, 2),
         started=tuple(start_of(sequence) for sequence in started),
         released=tuple(released),
     )
-
-
-def _token_ids(chunks: Sequence[Chunk]) -> Int32Array:
-    """The new tokens of all chunks, one behind the other."""
-    pieces: list[Int32Array] = []
-    drawn: list[int] = []  # of decodes in a row
-    for sequence, num_context, num_tokens, samples in chunks:
-        if samples and num_tokens == 1 and sequence.generated:
-            drawn.append(sequence.generated[-1])
-            continue
-        pieces.append(np.array(drawn, dtype=np.int32))
-        pieces.append(sequence.token_slice(num_context, num_context + num_tokens))
-        drawn = []
-    pieces.append(np.array(drawn, dtype=np.int32))
-    return np.concatenate(pieces)
 
 
 def start_of(sequence: SequenceState) -> SequenceStart:
