@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test check fix bench
+.PHONY: setup quickstart test coverage check fix bench
 
 setup: .venv/ready
 
@@ -18,6 +18,9 @@ quickstart: setup
 
 test: setup
 	$(BIN)/pytest -n auto
+
+coverage: setup
+	$(BIN)/pytest -n auto --cov
 
 check: setup
 	$(BIN)/ruff format --check .
