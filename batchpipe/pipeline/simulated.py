@@ -216,6 +216,8 @@ class SimulatedPipeline:
 
     def _take_starts(self, step: Step) -> None:
         for sequence_id in step.released:
+            is_known = sequence_id < len(self._known) and self._known[sequence_id]
+            assert is_known, "an unknown sequence is released"
             self._known[sequence_id] = False
         for start in step.started:
             if start.sequence_id >= len(self._known):
