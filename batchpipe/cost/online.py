@@ -17,7 +17,8 @@ _STIFFNESS = np.array([0.01, 1.0, 1.0, 1.0, 1.0])
 _START = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
 _HUBER = 1.5 * 1.4826  # in medians of absolute deviations: beyond it a step counts less
 _NUM_PASSES = 3
-# No step is predicted below this share of what the prior says after scaling: lines go wrong far from their points.
+# A line goes wrong far from its points: no step is predicted below this share of the prior times the smallest factor on
+# the prior that was measured.
 _FLOOR = 0.25
 
 
@@ -88,10 +89,10 @@ class _Window:
         self._errors = np.zeros(WINDOW_STEPS)
         self._num_steps = 0
         self._coefficients = _START
+        self._least_factor = 1.0
 
     def predict(self, features: NDArray[np.float64]) -> float:
-        fitted = float(features @ self._coefficients)
-        return max(fitted, _FLOOR * float(self._coefficients[0] * features[0]))
+        return max(float(features @ self._coefficients), _FLOOR * self._least_factor * float(features[0]))
 
     def add(self, features: NDArray[np.float64], seconds: float) -> None:
         place = self._num_steps % WINDOW_STEPS
@@ -124,3 +125,4 @@ class _Window:
             solution = start + np.linalg.solve(normal, weighted.T @ residual)
             deviations = np.abs(1.0 - scaled @ solution)
         self._coefficients = solution / scale
+        self._least_factor = 1.0 / float(rows[:, 0].max())

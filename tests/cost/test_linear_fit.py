@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from batchpipe.cost.linear_fit import fit_decodes
 from batchpipe.cost.model import CostModel, StepWork
@@ -118,3 +120,22 @@ def test_a_device_that_changes_its_pace_is_followed() -> None:
     assert live.stage_seconds(0, work) == pytest.approx(1.6 * PRIOR.stage_seconds(0, work), rel=0.01)
     error = live.median_error()
     assert error is not None and error < 0.01
+
+
+@given(
+    measured=st.lists(
+        st.tuples(st.integers(1, 300), st.integers(1, 2000), st.floats(1e-4, 1.0)), min_size=1, max_size=20
+    ),
+    num_sequences=st.integers(1, 512),
+    context_each=st.integers(1, 4000),
+)
+@example(measured=[(10, 159, 0.002), (241, 12, 0.07), (59, 367, 0.06)], num_sequences=1, context_each=1)
+def test_whatever_was_measured_a_step_takes_time(
+    measured: list[tuple[int, int, float]], num_sequences: int, context_each: int
+) -> None:
+    """Also where the best factor on the prior is negative: its small steps are much too slow."""
+    live = OnlineCost(PRIOR)
+    for number, each, seconds in measured:
+        live.observe(StepWork.decode(number, number * each), [seconds, seconds])
+    work = StepWork.decode(num_sequences, num_sequences * context_each)
+    assert all(live.stage_seconds(stage, work) > 0 for stage in (0, 1))
