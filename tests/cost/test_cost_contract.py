@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from batchpipe.cost.hardware import load_hardware
 from batchpipe.cost.model import CostModel, KvLink, StepWork, bottleneck_seconds
-from batchpipe.cost.model_shape import KNOWN_SHAPES
 from batchpipe.cost.online import OnlineCost
 from batchpipe.cost.profile_cost import ProfileCost
 from batchpipe.cost.roofline import RooflineCost
 from tests.cost.formula_cost import FormulaCost
+from tests.cost.published_shapes import KNOWN_SHAPES
 from tests.cost.test_profile import PROFILE
 
 FOUR = load_hardware("4xa100-pcie")
