@@ -5,7 +5,7 @@
 
 Four L20 cards without NVLink. A system is a way to use them and a schedule, as in `pipeline/temporal`:
 
-- pipeline: a stage a card, one scheduler whose batches circulate;
+- pipeline: a stage a card, one scheduler with a batch in flight for each;
 - engines: a stage a card, but four schedulers with a quarter of the KV each and a batch in flight each, which is how
   vLLM 0.5.3, the paper's baseline, runs a pipeline (its "virtual engines");
 - tensor: every layer on all cards, two all-reduces a layer.
