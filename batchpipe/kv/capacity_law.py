@@ -1,4 +1,4 @@
-"""How much KV batches that circulate over a pipeline may hold when part of it comes from host memory for every step.
+"""How much KV the batches in flight may hold when part of it comes from host memory for every step.
 
 Derived from PipeMax's sliding window (arXiv 2605.02189): a step can bring Q blocks to the device while it, or the step
 before it, computes. A batch of K blocks then keeps K - Q of them on the device between its turns.

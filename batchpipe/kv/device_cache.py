@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, KeysView, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchpipe.types import Int32Array
 
@@ -36,6 +37,7 @@ class DeviceCache:
         self._places = np.full(num_host_blocks, -1, np.int32)
         self._num_users = np.zeros(num_host_blocks, np.int32)
         self._other_steps = np.full(num_host_blocks, -1, np.int64)
+        self._is_shared = False  # whether a block ever had two users; most jobs share none, and need not look
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -91,21 +93,23 @@ class DeviceCache:
         for step, blocks in given_back:
             self._give_back(step, blocks)
 
-    def enter(self, sequence_id: int, host_blocks: Sequence[int], step: int) -> list[tuple[int, int]]:
-        """Makes a sequence resident, for `step` at the earliest. Returns (host, device block) of those it lacked.
+    def enter(self, sequence_id: int, host_blocks: Sequence[int], step: int) -> Int32Array:
+        """Makes a sequence resident, for `step` at the earliest. Returns (host, device block) of what it lacked, [N, 2].
 
         Transfers fill them. There are cold blocks for all that `num_missing` counts.
         """
         assert sequence_id not in self._residents
-        blocks = np.asarray(host_blocks, np.intp)
+        blocks = np.asarray(host_blocks, np.int32)
         lacking = blocks[self._places[blocks] < 0]
-        taken = self._pop_cold(len(lacking))
-        self._places[lacking] = taken
+        self._is_shared |= len(lacking) < len(blocks)
+        loads = np.empty((len(lacking), 2), np.int32)
+        loads[:, 0], loads[:, 1] = lacking, self._pop_cold(len(lacking))
+        self._places[lacking] = loads[:, 1]
         self._num_users[blocks] += 1
         self._residents[sequence_id] = list(host_blocks)
         self._last_steps[sequence_id] = step - 1  # until `touch` says that a step has it
         self._note_peak()
-        return list(zip(lacking.tolist(), taken, strict=True))
+        return loads
 
     def extend(self, sequence_id: int, host_blocks: Sequence[int]) -> None:
         """New blocks behind those of a resident, for the next step to write to; there is room."""
@@ -125,9 +129,11 @@ class DeviceCache:
                 residents[sequence_id] = residents.pop(sequence_id)
                 last_steps[sequence_id] = step
 
-    def touch_blocks(self, host_blocks: Int32Array | Sequence[int], step: int) -> None:
+    def touch_blocks(self, host_blocks: Int32Array, step: int) -> None:
         """A step uses these blocks of residents for other sequences."""
-        self._other_steps[host_blocks] = step
+        if len(host_blocks):
+            self._is_shared = True
+            self._other_steps[host_blocks] = step
 
     def leave(self, sequence_id: int) -> None:
         """Evicts a sequence; one that is not resident is fine."""
@@ -136,20 +142,24 @@ class DeviceCache:
         last_step = self._last_steps.pop(sequence_id)
         blocks = np.array(self._residents.pop(sequence_id), np.intp)
         self._num_users[blocks] -= 1
-        is_shared = self._num_users[blocks] > 0
-        if is_shared.any():
-            kept = blocks[is_shared]
-            self._other_steps[kept] = np.maximum(self._other_steps[kept], last_step)
-            blocks = blocks[~is_shared]
-        other_steps = self._other_steps[blocks]
-        places = self._places[blocks]
+        if self._is_shared:
+            blocks = self._evictable(blocks, last_step)
+        places = self._places[blocks].tolist()
         self._places[blocks] = -1
-        self._other_steps[blocks] = -1
+        self._give_back(last_step, places)
+
+    def _evictable(self, blocks: NDArray[np.intp], last_step: int) -> NDArray[np.intp]:
+        """Those of the blocks whose device blocks only this resident used; the others stay, or are given back here."""
+        is_kept = self._num_users[blocks] > 0
+        kept, gone = blocks[is_kept], blocks[~is_kept]
+        self._other_steps[kept] = np.maximum(self._other_steps[kept], last_step)
+        other_steps = self._other_steps[gone]
+        self._other_steps[gone] = -1
         is_later = other_steps > last_step
         if is_later.any():
-            self._give_back(int(other_steps.max()), places[is_later].tolist())
-            places = places[~is_later]
-        self._give_back(last_step, places.tolist())
+            self._give_back(int(other_steps.max()), self._places[gone[is_later]].tolist())
+            self._places[gone[is_later]] = -1
+        return gone[~is_later]
 
     def lend(self, num_blocks: int, step: int) -> list[int]:
         """Cold blocks for this step alone; there is room."""

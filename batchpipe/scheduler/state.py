@@ -41,7 +41,7 @@ class SchedulerState:
 
     @property
     def decode_share(self) -> int:
-        """The decodes of one of the circulating batches, so that all batches hold the same number."""
+        """The decodes of one of the batches in flight, so that all hold the same number."""
         share = -(-len(self.running) // self.capacity.max_batches)
         return min(len(self.ready), share, self.capacity.max_batch_sequences)
 

@@ -37,8 +37,8 @@ def test_places_follow_the_residents_and_cold_blocks_are_unused_since(events: li
         elif kind == "enter" and sequence not in residents and cache.num_missing(owned) <= cache.num_cold:
             missing = [block for block in owned if places(cache, [block]) == [-1]]
             taken = cache.enter(sequence, owned, step)
-            assert [block for block, _ in taken] == missing
-            assert_cold([block for _, block in taken])
+            assert taken[:, 0].tolist() == missing
+            assert_cold(taken[:, 1].tolist())
             residents.add(sequence)
         elif kind == "leave":
             cache.leave(sequence)

@@ -48,7 +48,7 @@ class SwapScheduler:
         num_buffers = 1 / capacity.streams_per_block if self._streams_layers else BATCH_BUFFERS
         self._limit = WorkingSetLimit(state, self._budget, self._step_time, num_buffers)
         self._step = 0
-        self._loads: list[tuple[int, int]] = []
+        self._loads: list[Int32Array] = []  # (host, device block)
         self._streamed: set[int] = set()
         self._staging_blocks: list[int] = []
         self._num_last_staging = 0  # of the last step that streamed
@@ -103,7 +103,7 @@ class SwapScheduler:
         """
         if not self._eviction.make_room_for(shared, len(fresh)):
             return False
-        self._loads += self.device_cache.enter(sequence.sequence_id, shared, self._step)
+        self._loads.append(self.device_cache.enter(sequence.sequence_id, shared, self._step))
         self.device_cache.extend(sequence.sequence_id, fresh)
         self._eviction.needed.add(sequence.sequence_id)
         return True
@@ -157,7 +157,7 @@ class SwapScheduler:
         copies = cache.places(step.copied_blocks)
         assert (copies >= 0).all(), "a copy of a block that is not on the device"
         cache.touch_blocks(step.copied_blocks[:, 0], self._step)  # their owners may not be part of the step
-        loads = np.array(self._loads, np.int32).reshape(-1, 2)
+        loads = np.concatenate([np.zeros((0, 2), np.int32), *self._loads])
         # What became resident and was evicted again, before the step was whole, is not loaded.
         loads = loads[cache.places(loads[:, 0]) == loads[:, 1]]
         transfers = Transfers(
@@ -271,11 +271,16 @@ class SwapScheduler:
         return -(-num_streamed_blocks // self._state.capacity.streams_per_block)
 
     def _enter(self, sequence: SequenceState) -> bool:
-        blocks = self._state.ledger.owned(sequence.sequence_id)
+        ledger = self._state.ledger
+        blocks = ledger.owned(sequence.sequence_id)
         self.keep(sequence)
-        if not self._eviction.make_room_for(blocks, 0):
+        if ledger.num_shared == 0:
+            has_room = self._eviction.make_room(len(blocks), 0)
+        else:
+            has_room = self._eviction.make_room_for(blocks, 0)
+        if not has_room:
             return False
-        self._loads += self.device_cache.enter(sequence.sequence_id, blocks, self._step)
+        self._loads.append(self.device_cache.enter(sequence.sequence_id, blocks, self._step))
         return True
 
     def check_integrity(self) -> None:

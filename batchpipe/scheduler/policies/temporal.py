@@ -31,7 +31,7 @@ from batchpipe.scheduler.state import SchedulerState
 
 # A phase of prefills alone begins where the forecast peak is below this part of the device's blocks.
 REFILL_BELOW = 0.6
-# Sequences held back as a reserve to balance batches with, where several batches circulate.
+# Sequences held back as a reserve to balance batches with, where several batches are in flight.
 BALANCE_SHARE = 0.03
 # Prompts ride along a little faster than completions end, so that the pool stays full.
 RIDE_SURPLUS = 1.25
