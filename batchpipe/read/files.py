@@ -126,15 +126,28 @@ def _locate(path: str) -> tuple[fs.FileSystem, str]:
 
 def _walk(filesystem: fs.FileSystem, folder: str, root: str) -> list[InputFile]:
     """Every file below `folder`, sorted by its path."""
-    infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-    files = [_input_file(filesystem, info, root) for info in infos if info.type != fs.FileType.Directory]
-    return sorted((file for file in files if not _is_hidden(file.relative)), key=lambda file: file.relative)
+    infos = [info for info in _listed(filesystem, folder, recursive=True) if info.type != fs.FileType.Directory]
+    visible = [info for info in infos if not _is_hidden(_relative(info, root))]
+    return sorted((_input_file(filesystem, info, root) for info in visible), key=lambda file: file.relative)
+
+
+def _listed(filesystem: fs.FileSystem, folder: str, *, recursive: bool = False) -> list[fs.FileInfo]:
+    """What the folder holds, links that point nowhere included: Arrow leaves them out, and so rows without a word."""
+    infos: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(folder, recursive=recursive))
+    if isinstance(filesystem, fs.LocalFileSystem):
+        below = [info.path for info in infos if recursive and info.type == fs.FileType.Directory]
+        folders = {
+            os.path.realpath(path): path for path in (*reversed(below), folder)
+        }  # once each, whatever links loop
+        paths = {os.path.join(path, name) for path in folders.values() for name in os.listdir(path)}
+        infos += filesystem.get_file_info(sorted(paths.difference(info.path for info in infos)))
+    return infos
 
 
 def _match(filesystem: fs.FileSystem, folder: str, segments: Sequence[str], root: str) -> list[InputFile]:
     """Files with a path below `folder` that matches the pattern `segments`, and all files of folders that match it."""
     segment, *rest = segments
-    infos = sorted(filesystem.get_file_info(fs.FileSelector(folder)), key=lambda info: info.base_name)
+    infos = sorted(_listed(filesystem, folder), key=lambda info: info.base_name)
     infos = [info for info in infos if not _is_hidden(info.base_name)]
     found = _match(filesystem, folder, rest, root) if segment == "**" and rest else []
     for info in infos:
@@ -168,8 +181,12 @@ def _is_hidden(relative: str) -> bool:
 def _input_file(filesystem: fs.FileSystem, info: fs.FileInfo, root: str) -> InputFile:
     if info.type != fs.FileType.File:
         raise InputError(f"input.path: {info.path} is no file that can be read (a broken or looping link?)")
-    relative = info.path.removeprefix(root).lstrip("/")
-    return InputFile(filesystem, info.path, relative, info.size, info.mtime_ns)
+    return InputFile(filesystem, info.path, _relative(info, root), info.size, info.mtime_ns)
+
+
+def _relative(info: fs.FileInfo, root: str) -> str:
+    relative: str = info.path.removeprefix(root).lstrip("/")
+    return relative
 
 
 @contextmanager

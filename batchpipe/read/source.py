@@ -33,15 +33,20 @@ class Source:
         self._reader = reader
         self._limit = limit
         self.rows_seen = 0
+        # Of the batch that rows come from: its last row's number, its rows, the reader's progress before it.
+        self._batch_end = self._batch_rows = 0
+        self._progress_before = 0.0
         self.carried_schema: pa.Schema = reader.carried_schema
         self.fingerprint: str = reader.fingerprint
 
     @property
     def progress(self) -> float:
-        """Fraction of the input that has been read, from 0 to 1."""
-        if self._limit is None:
-            return self._reader.progress
-        return max(self._reader.progress, min(1.0, self.rows_seen / self._limit))
+        """Fraction of the input that has been read, from 0 to 1. The rows of a batch count alike."""
+        progress = self._reader.progress
+        if self._batch_rows:
+            left = (self._batch_end - self.rows_seen) / self._batch_rows
+            progress -= left * (progress - self._progress_before)
+        return progress if self._limit is None else max(progress, min(1.0, self.rows_seen / self._limit))
 
     def num_rows(self) -> int | None:
         """The number of rows that `rows` gives if nothing is skipped; None if only reading them would tell."""
@@ -51,9 +56,12 @@ class Source:
     def rows(self, skip: Container[int] = frozenset()) -> Iterator[Row | FailedRow]:
         """Every row with an index that is not in `skip`, in input order. The ids of skipped rows count as seen."""
         seen_ids = SeenIds()
-        self.rows_seen = 0
+        self.rows_seen = self._batch_rows = 0
+        progress = 0.0
         for batch in self._reader.batches():
             count = len(batch.rows)
+            self._batch_end, self._batch_rows = self.rows_seen + count, count
+            self._progress_before, progress = progress, self._reader.progress
             if self._limit is not None:
                 count = min(count, self._limit - self.rows_seen)
             row_ids, faults = self._identified(batch, count, seen_ids)

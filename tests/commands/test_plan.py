@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from batchpipe.cli import main
 from batchpipe.commands.plan import describe_plan, plan_job
 from batchpipe.errors import InputError, JobError, ModelError
 from batchpipe.job import load_job
@@ -84,6 +87,36 @@ def test_a_model_without_weights_is_planned_and_not_run(
     with pytest.raises(ModelError, match=r"has no model\.safetensors") as refusal:
         run_job(job_of(tmp_path, good_rows(30), **model))
     assert refusal.value.exit_code == 6
+
+
+def test_of_a_long_input_the_first_rows_stand_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: dict[str, Any] = {"predict": {"method": "none"}, "engine": {"max_batch_sequences": 8}}
+    whole = plan(tmp_path, good_rows(400), "l20", **keys)
+    monkeypatch.setattr("batchpipe.commands.plan.SAMPLE_ROWS", 100)
+    found = plan(tmp_path, good_rows(400), "l20", **keys)
+    assert (whole["simulated_rows"], found["simulated_rows"]) == (400, 100)
+    assert found["rows"] == pytest.approx(400, rel=0.05)
+    assert found["completion_tokens"] == pytest.approx(whole["completion_tokens"], rel=0.05)
+    assert found["generate_seconds"] == pytest.approx(whole["generate_seconds"], rel=0.2)
+
+
+def test_the_command_prints_lines_for_people_and_a_json_line(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(job_of(tmp_path, good_rows(10))))
+    done = CliRunner().invoke(main, ["plan", str(path), "--hardware", "2xl20", "--set", "engine.num_stages=2"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    *lines, last = done.stdout.splitlines()
+    found = json.loads(last)
+    assert lines == describe_plan(found).splitlines()
+    assert (found["num_stages"], found["rows"]) == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(7.25, "7.2 s"), (119.9, "119.9 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h")]
+)
+def test_times_are_told_in_seconds_minutes_or_hours(tmp_path: Path, seconds: float, words: str) -> None:
+    found = plan(tmp_path, good_rows(4)) | {"generate_seconds": seconds}
+    assert f"about {words} (" in describe_plan(found)
 
 
 @pytest.mark.parametrize("hardware", ["9xnothing", "missing.yaml"])

@@ -115,6 +115,23 @@ def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
         source_of(str(tmp_path / "self.jsonl"))
 
 
+@pytest.mark.parametrize("pattern", ["", "*", "*.jsonl", "**/*.jsonl"])
+def test_a_broken_link_is_refused(tmp_path: Path, pattern: str) -> None:
+    """Else its rows would be missing without a word."""
+    make(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(InputError, match=r"b\.jsonl is no file that can be read \(a broken or looping link\?\)"):
+        source_of(f"{tmp_path}/{pattern}".rstrip("/"))
+    (tmp_path / "b.jsonl").rename(tmp_path / ".b.jsonl")  # as editors make them beside a file that they hold open
+    assert len(ids_of(f"{tmp_path}/{pattern}".rstrip("/"))) == 1
+
+
+def test_a_broken_link_that_the_pattern_leaves_out_does_no_harm(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    assert len(ids_of(f"{tmp_path}/*.jsonl")) == 1
+
+
 @pytest.mark.parametrize("path", ["", "*", "**/*.jsonl", "runs/*", "runs/job/a.jsonl"])
 def test_the_output_folder_is_no_input(tmp_path: Path, path: str) -> None:
     make(tmp_path, "a.jsonl", "runs/job/a.jsonl", "runs/b.jsonl")

@@ -209,6 +209,17 @@ def test_a_later_value_of_another_type_fails_its_row_only(tmp_path: Path) -> Non
     assert carried[string.key.carried.offset]["late"] == "as it is"
 
 
+def test_a_number_out_of_range_fails_its_row_only(tmp_path: Path) -> None:
+    """Among values that are all of the column's type."""
+    rows = [{"id": f"r{n}", "prompt": "x", "n": n} for n in range(SAMPLE_ROWS + 3)]
+    rows[-2]["n"] = 2**63
+    *_, before, huge, behind = source_of(write_rows(tmp_path / "in.jsonl", rows)).rows()
+    assert isinstance(before, Row) and isinstance(behind, Row)
+    assert isinstance(huge, FailedRow)
+    assert (huge.key.row_id, huge.code) == (f"r{SAMPLE_ROWS + 1}", ErrorCode.WRONG_TYPE)
+    assert huge.message == "column 'n' is int64 in the first rows, here it is an int out of range"
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -267,6 +278,16 @@ def test_limit_counts_rows_and_bounds_progress(tmp_path: Path) -> None:
     assert (source.rows_seen, source.progress) == (7, 1.0)
     source = source_of(path)
     assert sum(1 for _ in source.rows()) == 10_000
+    assert source.progress == 1.0
+
+
+@pytest.mark.parametrize("num_rows", [500, 3_000, 30_000])
+def test_progress_counts_the_rows_that_came_whatever_was_read_at_once(tmp_path: Path, num_rows: int) -> None:
+    rows = [{"id": f"{n:05}", "prompt": "x" * 20} for n in range(num_rows)]
+    source = source_of(write_rows(tmp_path / "in.jsonl", rows))
+    for number, _ in enumerate(source.rows(skip=range(0, num_rows, 2)), start=1):
+        if number % 100 == 0:
+            assert source.progress == pytest.approx(source.rows_seen / num_rows, abs=2e-3)
     assert source.progress == 1.0
 
 
