@@ -94,7 +94,7 @@ def _check_identity(folder: Path, identity: Identity) -> None:
     try:
         found = json.loads(path.read_bytes())
         version, parts = found["schema_version"], found["identity"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path}: cannot be read ({error}); start over with --fresh.") from error
     if version != SCHEMA_VERSION:
         raise OutputError(

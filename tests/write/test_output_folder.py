@@ -79,6 +79,16 @@ def test_a_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
         open_folder(tmp_path / "run")
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"schema_version": 1}'])
+def test_an_identity_that_cannot_be_read_is_told(tmp_path: Path, text: str) -> None:
+    run_job(tmp_path / "run", 3)
+    (tmp_path / "run" / "_batchpipe" / "identity.json").write_text(text)
+    with pytest.raises(OutputError, match=r"identity\.json: cannot be read .*; start over with --fresh"):
+        open_folder(tmp_path / "run")
+    run_job(tmp_path / "run", 2, fresh=True)
+    assert row_indexes(tmp_path / "run") == [0, 1]
+
+
 def test_completions_without_an_identity_belong_to_nobody(tmp_path: Path) -> None:
     run_job(tmp_path / "run", 3)
     (tmp_path / "run" / "_batchpipe" / "identity.json").unlink()
@@ -106,6 +116,30 @@ def test_a_dead_holders_lock_is_free(tmp_path: Path) -> None:
         held_by = holder(path)
         assert held_by is not None and held_by["pid"] == os.getpid()
     assert holder(path) is None
+
+
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    open_folder(tmp_path / "run").__exit__(None, None, None)
+    lock = tmp_path / "run" / "_batchpipe" / "lock"
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(OutputError, match=r"lock: cannot be opened for the lock: Is a directory\."):
+        open_folder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["", '{"pid": 1'])
+def test_a_holder_that_has_not_told_its_name_yet(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run" / "_batchpipe" / "lock"
+    path.parent.mkdir(parents=True)
+    with FolderLock(path):
+        path.write_text(text)
+        assert holder(path) == {}
+        with pytest.raises(OutputError, match="run: in use by another run, which is just starting"):
+            FolderLock(path)
+
+
+def test_where_no_lock_was_ever_taken_nothing_holds_it(tmp_path: Path) -> None:
+    assert holder(tmp_path / "lock") is None
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +187,14 @@ def test_a_copy_of_a_part_or_anothers_part_is_an_error(tmp_path: Path) -> None:
         other.commit(0, [])
     copy.write_bytes(other.part_path(0).read_bytes())
     with pytest.raises(OutputError, match=r"part-00007\.parquet: belongs to another job"):
+        open_folder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1 and no more", b"PAR1" + bytes(100) + b"PAR1"])
+def test_a_part_that_is_no_parquet_is_an_error(tmp_path: Path, data: bytes) -> None:
+    run_job(tmp_path / "run", 5)
+    (tmp_path / "run" / "completions" / "part-00001.parquet").write_bytes(data)
+    with pytest.raises(OutputError, match=r"part-00001\.parquet: cannot be read as a part of the completions"):
         open_folder(tmp_path / "run")
 
 
