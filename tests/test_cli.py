@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 import batchpipe
 from batchpipe.cli import main
 from batchpipe.commands.doctor import Finding
-from batchpipe.errors import InterruptedRunError, ModelError, OutputError
+from batchpipe.errors import InterruptedRunError, ModelError, OutputError, TooManyFailedError
 from batchpipe.job import Job
 
 JOB = "model: {name: some/model}\ninput: {path: rows.jsonl}\noutput: {path: out}\n"
@@ -91,6 +91,16 @@ def test_an_error_of_ours_ends_with_its_code_and_message(
     assert (done.exit_code, done.stdout, done.stderr) == (code, "", f"batchpipe: {error}\n")
 
 
+def test_a_stopped_run_tells_how_far_it_came(job_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: Job, *, fresh: bool) -> None:
+        raise TooManyFailedError("2 of 3 rows failed", {"rows_failed": 2})
+
+    monkeypatch.setattr(batchpipe, "run", run)
+    done = invoke("run", job_path)
+    assert (done.exit_code, json.loads(done.stdout)) == (4, {"rows_failed": 2})
+    assert done.stderr == "batchpipe: 2 of 3 rows failed\n"
+
+
 def test_a_key_pressed_before_the_run_began_loses_nothing(job_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(job: Job, *, fresh: bool) -> None:
         raise KeyboardInterrupt
@@ -137,6 +147,30 @@ def test_validate_reports_rows_and_problems(
     done = invoke("validate", job_path)
     assert (done.exit_code, json.loads(done.stdout)) == (code, report)
     assert done.stderr == "row 3: empty_prompt\n" * failed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["profile", "./absent/model"], 6, "model.name: absent/model does not exist"),
+        (["profile", "./absent/model", "--seconds", "1", "--output", "p.yaml"], 6, "model.name: absent/model"),
+        (["predictor", "train", "past.jsonl", "--output", "absent/p", "--model", "m"], 2, "--output"),
+        (["predictor", "train", "past.jsonl", "--model", "m"], 2, "Missing option '--output'"),
+        (["predictor", "train", "--output", "p", "--model", "m"], 2, "Missing argument 'SOURCE...'"),
+        (["predictor", "train", "past.jsonl", "--output", "p"], 2, "--model: nothing says which model"),
+        (["predictor", "train", "past.jsonl", "--output", "p", "--job", "absent.yaml"], 2, "absent.yaml"),
+        (["predictor", "evaluate", "p", "past.jsonl", "--max-tokens", "0", "--model", "m"], 2, "'--max-tokens'"),
+        (["predictor", "evaluate", "p", "past.jsonl", "--model", "m", "--job", "j.yaml"], 2, "--job: j.yaml brings"),
+        (["plan", "absent.yaml"], 2, "absent.yaml"),
+    ],
+)
+def test_each_command_takes_its_options_and_tells_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert words in done.stderr
 
 
 def test_status_prints_what_is_known_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

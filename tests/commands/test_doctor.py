@@ -1,6 +1,7 @@
 import json
 import platform
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,19 @@ def test_little_shared_memory_is_a_note(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=1 << 30, free=free_bytes))
     assert bool(finding("shared memory").advice) is has_advice
+
+
+@pytest.mark.usefixtures("light")
+def test_without_torch_no_device_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = finding("devices")
+    assert (found.data, found.text, found.is_broken) == ([], "unknown without torch", False)
+
+
+@pytest.mark.usefixtures("light")
+def test_a_system_without_dev_shm_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    assert finding("shared memory").line == "ok      shared memory: no /dev/shm"
 
 
 @pytest.mark.usefixtures("light")

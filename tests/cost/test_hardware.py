@@ -57,6 +57,14 @@ def test_a_wrong_number_is_refused_by_name(tmp_path: Path, old: str, new: str, e
     assert expected in str(refusal.value)
 
 
+@pytest.mark.parametrize("text", ["- name: L20", "L20", ""])
+def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError, match=r"mine\.yaml: holds .*; it must be a mapping of name, memory_bytes, "):
+        load_hardware(str(path))
+
+
 @pytest.mark.parametrize("name", ["l21", "0xl20", "nowhere/l20.yaml", "nowhere/4xl20.yaml", ""])
 def test_unknown_hardware_is_refused(name: str) -> None:
     with pytest.raises(JobError, match="hardware: "):

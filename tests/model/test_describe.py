@@ -132,6 +132,13 @@ def test_end_tokens_of_the_generation_config_win(folder: Path) -> None:
     assert describe_model(folder).eos_token_ids == (2,)
 
 
+@pytest.mark.parametrize(("stated", "token_ids"), [(None, ()), (3, (3,))])
+def test_a_config_may_name_no_end_token(folder: Path, stated: int | None, token_ids: tuple[int, ...]) -> None:
+    change_config(folder, eos_token_id=None)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    assert describe_model(folder).eos_token_ids == token_ids
+
+
 def test_no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match="has no config.json"):
@@ -205,6 +212,22 @@ def test_a_file_cut_short(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ModelError, match="is cut short"):
+        describe_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "{", r"config\.json cannot be read"),
+        ("config.json", "[1]", r"config\.json is not a JSON object"),
+        ("generation_config.json", "eos", r"generation_config\.json cannot be read"),
+        ("tokenizer.json", "{}", r"tokenizer\.json cannot be read"),
+        ("model.safetensors.index.json", "7", r"index\.json is not a JSON object"),
+    ],
+)
+def test_a_damaged_file_is_named(folder: Path, name: str, text: str, message: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(ModelError, match=rf"^model\.name: .*{message}"):
         describe_model(folder)
 
 

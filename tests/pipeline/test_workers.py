@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -45,6 +46,9 @@ if behaviour == "hangs-allocating":
 wire.send(Allocated())
 while True:
     step = wire.receive(dict)
+    if behaviour == "fails-computing":
+        wire.send(Failed.of(ModelError("the weights are gone")))
+        sys.exit(1)
     wire.send(Computed(step["step_id"], 0.25))
     if stage["index"] == stage["num_stages"] - 1:
         wire.send(Sampled(step["step_id"], 0.5, np.zeros(1, np.int32), {}))
@@ -166,6 +170,31 @@ def test_one_waits_for_several_pipelines_whatever_the_number_of_open_files(tmp_p
         result = second.collect()
         assert (result.step_id, result.compute_seconds, result.stage_seconds) == (5, (0.25, 0.25), (0.25, 0.75))
         assert not second.wait(0.0, [first])
+
+
+@pytest.mark.usefixtures("fake_workers", "no_descriptor_leaks")
+def test_a_step_for_a_worker_that_has_ended_is_an_error(tmp_path: Path) -> None:
+    (pipeline,) = MultiprocessPipeline.open([specs(tmp_path, "works", num_stages=1)], offered)
+    with pipeline:
+        os.kill(pipeline.worker_pids[0], signal.SIGKILL)
+        os.waitid(os.P_PID, pipeline.worker_pids[0], os.WEXITED | os.WNOWAIT)
+        with pytest.raises(
+            WorkerError, match="stage 0 of 1 was ended by SIGKILL; the system may have run out of memory"
+        ):
+            pipeline.submit(a_step())
+
+
+@pytest.mark.usefixtures("fake_workers", "no_descriptor_leaks")
+def test_what_a_worker_said_before_it_ended_is_the_error(tmp_path: Path) -> None:
+    """Where the next step finds it gone before its last words were heard."""
+    (pipeline,) = MultiprocessPipeline.open(
+        [specs(tmp_path, "fails-computing", num_stages=1)], lambda stages: replace(offered(stages), max_batches=2)
+    )
+    with pipeline:
+        pipeline.submit(a_step())
+        os.waitid(os.P_PID, pipeline.worker_pids[0], os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ModelError, match="^the weights are gone$"):
+            pipeline.submit(a_step())
 
 
 def test_the_cause_of_a_failed_step_reaches_the_controller() -> None:

@@ -85,6 +85,17 @@ def test_weights_that_do_not_fit_are_named(info: ModelInfo) -> None:
         place(replace(GPUS, free_bytes=1000), engine(), info)
 
 
+def test_memory_without_room_for_one_block_is_told_with_the_keys(info: ModelInfo) -> None:
+    message = (
+        r"one KV block of 16 tokens takes 0\.01 MiB and there is room for 0\.00 MiB; raise engine\.kv_device_memory"
+    )
+    with pytest.raises(MemoryLimitError, match=message):
+        place(GPUS, engine(kv_device_memory="1KiB"), info)
+    found = place(GPUS, engine(kv_device_memory="auto", kv_host_memory=0), info)
+    with pytest.raises(MemoryLimitError, match=message):
+        found.capacity_of([StageMemory(1024, stage.bytes_per_block, 16) for stage in found.stages])
+
+
 def test_a_job_that_fits_the_device_whatever_its_rows_are_stays_there(info: ModelInfo) -> None:
     block_bytes = 4 * info.kv_bytes_per_token_layer * 16
     row_blocks = -(-info.max_context_tokens // 16)

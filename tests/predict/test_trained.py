@@ -134,7 +134,7 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="predict.method: .*none.safetensors cannot be read"):
         load_classifier(tmp_path / "none.safetensors", "")
     foreign = tmp_path / "foreign"
-    for content in (b"", b"text", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"):
+    for content in (b"", b"text", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"[}"):
         foreign.write_bytes(content)
         with pytest.raises(JobError, match="foreign is not a trained predictor"):
             load_classifier(foreign, "")

@@ -236,6 +236,18 @@ class TestMessages:
         renderer = renderer_of(tokenizer, messages_column="chat", chat_template=template)
         assert renderer.render({"chat": [call, {"role": "user", "content": "x"}]}) == "lookx"
 
+    def test_a_template_may_want_more_than_one_message(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        """It refuses the one message that the renderer tries it with; the rows bring what it wants."""
+        template = custom(
+            tmp_path, "{% if messages | length < 2 %}{{ raise_exception('too few') }}{% endif %}" + DROPPING
+        )
+        renderer = renderer_of(tokenizer, messages_column="chat", chat_template=template)
+        message = {"role": "user", "content": "a"}
+        assert renderer.render({"chat": [message, message]}) == "a<|end|>a<|end|>"
+        assert refused(renderer, {"chat": [message]})[0] == ErrorCode.TEMPLATE_ERROR
+        with pytest.raises(JobError, match="input.chat_template: no prompt can be written: .*too few"):
+            renderer_of(tokenizer, chat_template=template)
+
     def test_a_template_may_fail_for_one_row(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         template = custom(tmp_path, "{{ 1 / (messages[0].content | length - 3) }}")
         renderer = renderer_of(tokenizer, chat_template=template)

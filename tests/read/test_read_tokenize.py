@@ -114,6 +114,7 @@ def test_a_row_overrides_the_settings_of_the_job(tokenizer: Tokenizer, as_text: 
         ({"temperature": -1}, "temperature"),
         ({"logit_bias": {"320": 1.0}}, "logit_bias: token id 320 is outside the vocabulary of 320"),
         ({"stop_token_ids": [999]}, "stop_token_ids: token id 999 is outside"),
+        ({"stop_token_ids": [VOCABULARY - 1, -1]}, "stop_token_ids"),
     ],
 )
 def test_bad_settings_fail_their_row(tokenizer: Tokenizer, given: Any, words: str) -> None:

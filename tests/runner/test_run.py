@@ -16,7 +16,8 @@ import pytest
 
 import batchpipe
 from batchpipe.commands.validate import validate_job
-from batchpipe.errors import InterruptedRunError, ModelError, OutputError, TooManyFailedError
+from batchpipe.errors import InterruptedRunError, JobError, ModelError, OutputError, TooManyFailedError
+from batchpipe.job import load_job
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.fake import FakePipeline
 from batchpipe.placement.placement import Placement
@@ -191,13 +192,18 @@ def test_an_empty_input_succeeds_with_no_rows(tmp_path: Path) -> None:
 
 
 def test_validate_lists_what_a_run_would_fail(tmp_path: Path) -> None:
-    from batchpipe.job import load_job
-
     job = job_of(tmp_path, [*good_rows(3), "{oops", {"id": "r0", "prompt": "again"}])
     report = validate_job(load_job(job))
     assert (report["rows"], report["failed"]) == (5, 2)
     assert report["failed_by_code"] == {"invalid_json": 1, "duplicate_id": 1}
     assert "row 4 (r0): duplicate_id" in report["problems"][1]
+
+
+def test_validate_counts_all_and_lists_the_first_of_each_kind(tmp_path: Path) -> None:
+    rows = [*["{oops"] * 9, *good_rows(2), *[{"id": f"e{i}", "prompt": ""} for i in range(3)]]
+    report = validate_job(load_job(job_of(tmp_path, rows)))
+    assert report["failed_by_code"] == {"invalid_json": 9, "empty_prompt": 3}
+    assert [problem.split(": ")[1] for problem in report["problems"]] == ["invalid_json"] * 5 + ["empty_prompt"] * 3
 
 
 def test_a_missing_model_is_told_before_the_output_is_touched(tmp_path: Path) -> None:
@@ -248,9 +254,6 @@ def test_a_terminated_command_says_how_far_it_came(tmp_path: Path) -> None:
 
 
 def test_a_column_named_like_ours_is_refused_by_validate_too(tmp_path: Path) -> None:
-    from batchpipe.errors import JobError
-    from batchpipe.job import load_job
-
     job = job_of(tmp_path, [{"id": "a", "prompt": "b", "status": "mine"}])
     with pytest.raises(JobError, match="status"):
         validate_job(load_job(job))
