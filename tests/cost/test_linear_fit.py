@@ -69,6 +69,14 @@ def test_waiting_for_kv_is_no_part_of_a_steps_cost() -> None:
     assert live.stage_seconds(1, work) == pytest.approx(2 * PRIOR.stage_seconds(1, work), rel=0.02)
 
 
+def test_a_step_too_short_for_the_clock_says_nothing() -> None:
+    live = OnlineCost(PRIOR)
+    work = StepWork.decode(64, 6400)
+    live.observe(work, [0.0, 3 * PRIOR.stage_seconds(1, work)])
+    assert live.stage_seconds(0, work) == PRIOR.stage_seconds(0, work)
+    assert live.stage_seconds(1, work) > 2 * PRIOR.stage_seconds(1, work)
+
+
 def test_a_few_steps_correct_the_scale_and_keep_the_tile_edge() -> None:
     live = OnlineCost(PRIOR)
     for num in (100, 60, 120, 90):

@@ -71,7 +71,7 @@ class Text:
 
 
 def step_of(*chunks: tuple[Text, int], released: Sequence[Text] = ()) -> Step:
-    """The next so many tokens of each text; the last one of a text draws its next token."""
+    """A step with the next `num_tokens` tokens of each text. With the last of them it draws a new token."""
     texts = [text for text, _ in chunks]
     step = Step(
         step_id=next(numbers),

@@ -185,8 +185,8 @@ def test_a_step_for_a_worker_that_has_ended_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_workers", "no_descriptor_leaks")
-def test_what_a_worker_said_before_it_ended_is_the_error(tmp_path: Path) -> None:
-    """Where the next step finds it gone before its last words were heard."""
+def test_an_error_that_a_worker_sent_before_it_ended_is_raised(tmp_path: Path) -> None:
+    """Also where the controller sends the next step before it has read that error."""
     (pipeline,) = MultiprocessPipeline.open(
         [specs(tmp_path, "fails-computing", num_stages=1)], lambda stages: replace(offered(stages), max_batches=2)
     )

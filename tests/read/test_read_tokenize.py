@@ -114,7 +114,7 @@ def test_a_row_overrides_the_settings_of_the_job(tokenizer: Tokenizer, as_text: 
         ({"temperature": -1}, "temperature"),
         ({"logit_bias": {"320": 1.0}}, "logit_bias: token id 320 is outside the vocabulary of 320"),
         ({"stop_token_ids": [999]}, "stop_token_ids: token id 999 is outside"),
-        ({"stop_token_ids": [VOCABULARY - 1, -1]}, "stop_token_ids"),
+        ({"stop_token_ids": [3, VOCABULARY]}, "stop_token_ids: token id 320 is outside"),
     ],
 )
 def test_bad_settings_fail_their_row(tokenizer: Tokenizer, given: Any, words: str) -> None:
@@ -123,6 +123,14 @@ def test_bad_settings_fail_their_row(tokenizer: Tokenizer, given: Any, words: st
     assert failed.code == ErrorCode.INVALID_SAMPLING
     assert words in failed.message
     assert isinstance(good, Request)
+
+
+def test_every_token_of_the_vocabulary_may_be_named(tokenizer: Tokenizer) -> None:
+    given = {"stop_token_ids": [0, VOCABULARY - 1], "logit_bias": {"0": 1.0, str(VOCABULARY - 1): -1.0}}
+    request = one(tokenizer, {"prompt": "x", "s": given}, column="s")
+    assert isinstance(request, Request)
+    assert request.sampling.stop_token_ids == (0, VOCABULARY - 1)
+    assert request.sampling.logit_bias == {0: 1.0, VOCABULARY - 1: -1.0}
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_short_prompt_that_is_admitted_closes_no_group() -> None:
     assert indices(queue) == [1, 3, 2]
 
 
-def test_the_preempted_come_first_and_belong_to_no_group() -> None:
+def test_preempted_sequences_come_first_and_belong_to_no_group() -> None:
     queue = filled(1, 1, 2)
     older, newer = queue.pop(), queue.pop()
     queue.put_back(newer)

@@ -128,7 +128,7 @@ def test_a_lock_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", '{"pid": 1'])
-def test_a_holder_that_has_not_told_its_name_yet(tmp_path: Path, text: str) -> None:
+def test_a_lock_file_that_does_not_name_its_process_yet(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run" / "_batchpipe" / "lock"
     path.parent.mkdir(parents=True)
     with FolderLock(path):
