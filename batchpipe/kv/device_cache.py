@@ -94,7 +94,7 @@ class DeviceCache:
             self._give_back(step, blocks)
 
     def enter(self, sequence_id: int, host_blocks: Sequence[int], step: int) -> Int32Array:
-        """Makes a sequence resident, for `step` at the earliest. Returns [N, 2], (host, device block) of what it lacked.
+        """Makes a sequence resident, for `step` at the earliest. Returns [N, 2]: (host, device block) it lacked.
 
         Transfers fill them. There are cold blocks for all that `num_missing` counts.
         """
