@@ -94,9 +94,10 @@ class DeviceCache:
             self._give_back(step, blocks)
 
     def enter(self, sequence_id: int, host_blocks: Sequence[int], step: int) -> Int32Array:
-        """Makes a sequence resident, for `step` at the earliest. Returns [N, 2]: (host, device block) it lacked.
+        """Makes a sequence resident, for `step` at the earliest.
 
-        Transfers fill them. There are cold blocks for all that `num_missing` counts.
+        Returns the loads that fill the blocks which had no copy, [N, 2]: host block and device block of each. There are
+        cold blocks for all that `num_missing` counts.
         """
         assert sequence_id not in self._residents
         blocks = np.asarray(host_blocks, np.int32)

@@ -47,6 +47,8 @@ class Eviction:
 
     def make_room_for(self, host_blocks: Sequence[int], num_warm: int) -> bool:
         """Room for those of the blocks that are not on the device, whose number evicting may raise."""
+        if self._state.ledger.num_shared == 0:  # no resident has a copy of another sequence's blocks
+            return self.make_room(len(host_blocks), num_warm)
         num_missing = self.device_cache.num_missing(host_blocks)
         while self.make_room(num_missing, num_warm):
             if (num_more := self.device_cache.num_missing(host_blocks)) == num_missing:

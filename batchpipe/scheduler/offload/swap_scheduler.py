@@ -271,14 +271,9 @@ class SwapScheduler:
         return -(-num_streamed_blocks // self._state.capacity.streams_per_block)
 
     def _enter(self, sequence: SequenceState) -> bool:
-        ledger = self._state.ledger
-        blocks = ledger.owned(sequence.sequence_id)
+        blocks = self._state.ledger.owned(sequence.sequence_id)
         self.keep(sequence)
-        if ledger.num_shared == 0:
-            has_room = self._eviction.make_room(len(blocks), 0)
-        else:
-            has_room = self._eviction.make_room_for(blocks, 0)
-        if not has_room:
+        if not self._eviction.make_room_for(blocks, 0):
             return False
         self._loads.append(self.device_cache.enter(sequence.sequence_id, blocks, self._step))
         return True
