@@ -9,6 +9,8 @@ import string
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import orjson
+
 from batchpipe.errors import JobError, RowError
 from batchpipe.types import ErrorCode
 
@@ -61,11 +63,14 @@ def _as_text(name: str, value: Any) -> str:
 def checked_messages(value: Any, column: str) -> list[Message]:
     """The messages of a list of {role, content}; RowError (MISSING_PROMPT, INVALID_MESSAGES) if `value` is none.
 
+    The list may also come as JSON text, as a struct of lists (`datasets`' Sequence of a struct) or as a list of maps.
     Content given in parts must be text, and the parts are joined by line ends. Null fields, with which Arrow fills a
-    message that lacks a field of another row's message, are left out; only a message of tool calls may lack content.
+    message that lacks a field of another row's message, are left out at any depth; only a message of tool calls may
+    lack content. Arguments of a tool call that are a JSON object as text, as in OpenAI's form, become that object.
     """
     if value is None:
         raise RowError(ErrorCode.MISSING_PROMPT, f"column {column!r} is missing or null")
+    value = _as_list(value)
     if not isinstance(value, list):
         _refuse(f"column {column!r} holds a {type(value).__name__}, not a list of {{role, content}}")
     if not value:
@@ -73,12 +78,27 @@ def checked_messages(value: Any, column: str) -> list[Message]:
     return [_checked(message, number) for number, message in enumerate(value, 1)]
 
 
+def _as_list(value: Any) -> Any:
+    """A conversation that is JSON text or a struct of lists, as the list that it stands for; else `value` itself."""
+    if isinstance(value, str):
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return value
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if not columns or not all(isinstance(items, list) and len(items) == len(columns[0]) for items in columns):
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
+
+
 def _checked(message: Any, number: int) -> Message:
+    if isinstance(message, list) and all(isinstance(pair, tuple) for pair in message):
+        message = dict(message)  # an Arrow map
     if not isinstance(message, dict):
         _refuse(f"message {number} is a {type(message).__name__}, not {{role, content}}")
     if not isinstance(message.get("role"), str):
         _refuse(f"message {number} has no role")
-    kept = {name: value for name, value in message.items() if value is not None}
+    kept = _without_nulls(message)
     content = message.get("content")
     if isinstance(content, list):
         content = "\n".join(_part_text(part, number) for part in content)
@@ -86,7 +106,29 @@ def _checked(message: Any, number: int) -> Message:
         _refuse(f"message {number} ({kept['role']}) has no content")
     if content is not None and not isinstance(content, str):
         _refuse(f"the content of message {number} is a {type(content).__name__}, not text")
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [_with_object_arguments(call) for call in kept["tool_calls"]]
     return {**kept, "content": content}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _with_object_arguments(call: Any) -> Any:
+    """Chat templates expect an object, and would write a text as a quoted, escaped one."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = orjson.loads(function["arguments"])
+    except orjson.JSONDecodeError:
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _part_text(part: Any, number: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from batchpipe.errors import RowError
 from batchpipe.model.tokenizer import Tokenizer
 
 _MARK = "batchpipe0content0mark"
@@ -46,12 +47,19 @@ class TextFrame:
 
 
 def find_text_frame(render: Callable[[str], str], special_tokens: Sequence[str]) -> TextFrame | None:
-    """The frame of `render`, or None if no constant text around the content reproduces every rendered probe."""
+    """The frame of `render`, or None if no constant text around the content reproduces every rendered probe.
+
+    A template may refuse a probe and still take the rows' own texts: then there is no frame. The RowError of a template
+    that refuses plain words passes through.
+    """
     pieces = render(_MARK).split(_MARK)
     if len(pieces) != 2:
         return None
     probes = (*PROBES, *(f"{token} x {token}" for token in special_tokens))
-    rendered = [render(probe) for probe in probes]
+    try:
+        rendered = [render(probe) for probe in probes]
+    except RowError:
+        return None
     for strips in (False, True):
         frame = TextFrame(pieces[0], pieces[1], strips)
         if [frame.around(probe) for probe in probes] == rendered:

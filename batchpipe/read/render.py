@@ -25,6 +25,9 @@ _PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, Arithmetic
 _TEMPLATE_ERRORS = (jinja2.TemplateError, *_PYTHON_ERRORS)
 
 
+_OTHER_CONTENT = " other"
+
+
 def needed_columns(spec: InputSpec, sampling_column: str | None) -> frozenset[str]:
     """The columns from which prompts and a row's sampling settings are made."""
     extra = frozenset() if sampling_column is None else frozenset([sampling_column])
@@ -86,8 +89,20 @@ class Renderer:
         """The text that the chat template makes of `messages`; a last message of the assistant is left open."""
         if self._spec.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._spec.system}, *messages]
+        text = self._apply_template(messages)
+        for place, message in enumerate(messages):
+            role, content = message["role"], message["content"]
+            if role in COMMON_ROLES or not content or content.strip() in text:
+                continue
+            # A template may also write the content escaped, so only what changes nothing is left out.
+            other = {**message, "content": content + _OTHER_CONTENT}
+            if self._apply_template([*messages[:place], other, *messages[place + 1 :]]) == text:
+                raise RowError(ErrorCode.INVALID_MESSAGES, f"the chat template leaves out the role {role!r}")
+        return text
+
+    def _apply_template(self, messages: list[Message]) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
+            return self._tokenizer.apply_chat_template(
                 messages,
                 chat_template=self._chat_template,
                 continue_final_message=messages[-1]["role"] == "assistant",
@@ -95,10 +110,6 @@ class Renderer:
         except _TEMPLATE_ERRORS as error:
             message = f"the chat template refuses the messages: {error or type(error).__name__}"
             raise RowError(ErrorCode.TEMPLATE_ERROR, message) from error
-        for role, content in ((message["role"], message["content"]) for message in messages):
-            if role not in COMMON_ROLES and content and content.strip() not in text:
-                raise RowError(ErrorCode.INVALID_MESSAGES, f"the chat template leaves out the role {role!r}")
-        return text
 
     def _find_frame(self) -> TextFrame | None:
         """The text around every prompt if it is the same for all rows; also checks the chat template."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from batchpipe.errors import InputError, JobError
 from batchpipe.job.spec import InputSpec
 from batchpipe.read.columns import BATCH_ROWS
+from batchpipe.read.content import checked_messages
 from batchpipe.read.source import Source, open_source
 from batchpipe.types import ErrorCode, FailedRow, Row
 
@@ -222,7 +224,27 @@ def test_messages_may_have_null_content(tmp_path: Path) -> None:
     rows = list(source_of(path, needed="chat", messages_column="chat").rows())
     assert [row.values["chat"] for row in rows if isinstance(row, Row)] == messages
     with pytest.raises(InputError, match="input.messages_column: column 'chat' of .* must be a list of"):
-        source_of(written(path, PROMPTS.rename_columns(["id", "chat"])), needed="chat", messages_column="chat")
+        source_of(written(path, pa.table({"chat": [1, 2]})), needed="chat", messages_column="chat")
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([json.dumps(CHAT)]),
+        pa.array([json.dumps(CHAT)], pa.large_string()),
+        pa.array([{"role": [m["role"] for m in CHAT], "content": [m["content"] for m in CHAT]}]),
+        pa.array([[list(m.items()) for m in CHAT]], pa.list_(pa.map_(pa.string(), pa.string()))),
+    ],
+    ids=["json text", "large json text", "struct of lists", "list of maps"],
+)
+def test_conversations_come_in_many_layouts(tmp_path: Path, column: pa.Array) -> None:
+    path = written(tmp_path / "in.parquet", pa.table({"chat": column}))
+    [row] = source_of(path, needed="chat", messages_column="chat").rows()
+    assert isinstance(row, Row)
+    assert checked_messages(row.values["chat"], "chat") == CHAT
 
 
 class TestHivePartitions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from batchpipe.errors import JobError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
+from batchpipe.read.content import checked_messages
 from batchpipe.read.frame import PROBES
 from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.types import ErrorCode
@@ -275,3 +277,40 @@ class TestChatTemplateOfTheJob:
     def test_a_template_that_is_not_there(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         with pytest.raises(JobError, match=r"input.chat_template: cannot read .*nope\.jinja"):
             renderer_of(tokenizer, chat_template=str(tmp_path / "nope.jinja"))
+
+    @pytest.mark.parametrize("content", ['{"degrees": "42"}', "two\nlines"])
+    def test_a_role_whose_content_is_written_escaped_is_not_left_out(
+        self, tokenizer: Tokenizer, tmp_path: Path, content: str
+    ) -> None:
+        escaping = "{% for m in messages %}{{ m.content if m.role == 'user' else m.content | tojson }}{% endfor %}"
+        renderer = renderer_of(tokenizer, messages_column="chat", chat_template=custom(tmp_path, escaping))
+        chat = [{"role": "user", "content": "hi"}, {"role": "tool", "content": content}]
+        assert renderer.render({"chat": chat}) == "hi" + json.dumps(content)
+
+
+def test_a_template_that_refuses_some_texts_fails_their_rows_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    picky = (
+        "{% for m in messages %}{% if '</' in m.content %}{{ raise_exception('no tags') }}{% endif %}{{ m.content }}"
+    )
+    renderer = renderer_of(tokenizer, chat_template=custom(tmp_path, picky + "{% endfor %}"))
+    assert renderer.render({"prompt": "hello"}) == "hello"
+    assert refused(renderer, {"prompt": "a </b>"})[0] == ErrorCode.TEMPLATE_ERROR
+
+
+class TestToolCalls:
+    @staticmethod
+    def call(arguments: object, **more: object) -> list[dict[str, object]]:
+        function = {"name": "add", "arguments": arguments, **more}
+        return [{"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}]
+
+    @pytest.mark.parametrize(
+        ("given", "read"),
+        [('{"a": 1}', {"a": 1}), ({"a": 1, "b": None}, {"a": 1}), ("plain", "plain"), ("[1]", "[1]")],
+    )
+    def test_arguments_that_are_an_object_as_text_become_the_object(self, given: object, read: object) -> None:
+        [message] = checked_messages(self.call(given, strict=None), "chat")
+        assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": read}
+
+    def test_calls_of_an_unknown_shape_are_kept(self) -> None:
+        [message] = checked_messages([{"role": "assistant", "content": "", "tool_calls": ["add", {"x": 1}]}], "chat")
+        assert message["tool_calls"] == ["add", {"x": 1}]

@@ -89,9 +89,15 @@ def _is_list_of(arrow_type: pa.DataType, is_item: Callable[[pa.DataType], bool])
     return any(is_kind(arrow_type) for is_kind in _LISTS) and is_item(arrow_type.value_type)
 
 
+def _is_conversation(kind: pa.DataType) -> bool:
+    is_struct_of_lists = types.is_struct(kind) and all(_is_list_of(field.type, lambda _: True) for field in kind)
+    is_list = _is_list_of(kind, lambda item: types.is_struct(item) or types.is_map(item))
+    return is_list or is_struct_of_lists or _is_text(kind)
+
+
 _ACCEPTED: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "id_column": (lambda kind: _is_text(kind) or types.is_integer(kind), "text or whole numbers"),
-    "messages_column": (lambda kind: _is_list_of(kind, types.is_struct), "a list of {role, content}"),
+    "messages_column": (_is_conversation, "a list of {role, content}, or that as JSON text"),
     "prompt_column": (
         lambda kind: _is_text(kind) or _is_list_of(kind, types.is_integer),
         "text or a list of token ids",
