@@ -165,8 +165,8 @@ def evaluate(**options: Any) -> None:
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=_PATH)
-def status(folder: Path) -> None:
+@click.argument("folder", metavar="DIR")
+def status(folder: str) -> None:
     """Print how far the job with output folder DIR is."""
     from batchpipe.commands.status import status_of
 

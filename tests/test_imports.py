@@ -15,6 +15,7 @@ LADDER = (
     ("types",),
     ("errors",),
     ("job", "sample.stop", "sample.detokenize", "sample.rng", "write.durable"),
+    ("write.place",),
     ("model.partition", "model.checkpoint", "model.architectures", "model.tokenizer"),
     ("kv.block_manager", "kv.prefix_cache", "kv.device_cache", "kv.layout", "kv.capacity_law"),
     ("cost",),

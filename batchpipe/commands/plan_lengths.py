@@ -13,6 +13,8 @@ from batchpipe.predict.base import FloatArray, LengthPredictor
 from batchpipe.runner.prepare import Prepared
 from batchpipe.sample.rng import stream_of
 from batchpipe.types import FinishReason, Int32Array, Request
+from batchpipe.write.folder import part_names
+from batchpipe.write.place import Place, open_place
 
 # Standard errors to the shortest and the longest lengths that are named: nine jobs in ten lie between.
 INTERVAL_ERRORS = 1.65
@@ -30,7 +32,7 @@ class Lengths:
         # Spread evenly, so that what is drawn has the mean and the shape of the curves.
         self._uniforms = (np.random.default_rng(_SEED).permutation(len(requests)) + 0.5) / max(1, len(requests))
         self._endless = np.array([request.sampling.ignore_eos for request in requests], np.bool_)
-        self._done = _done_rows(Path(prepared.job.output.path))
+        self._done = _done_rows(open_place(prepared.job.output.path))
         self._classes = np.zeros(len(requests), np.int32)
         predictor = prepared.open_predictor()
         if predictor is not None and self.requests:
@@ -91,11 +93,11 @@ class Lengths:
         }
 
 
-def _done_rows(output: Path) -> dict[int, tuple[int, bool]]:
+def _done_rows(output: Place) -> dict[int, tuple[int, bool]]:
     """By row index: tokens of a committed completion, and whether it ended by itself."""
     done: dict[int, tuple[int, bool]] = {}
-    for path in sorted((output / "completions").glob("*.parquet")):
-        table = pq.read_table(path, columns=["row_index", "completion_tokens", "finish_reason"])
+    for name in part_names(output):
+        table = pq.read_table(output.open(name), columns=["row_index", "completion_tokens", "finish_reason"])
         for index, tokens, reason in zip(*(column.to_pylist() for column in table.columns), strict=True):
             if reason is not None:
                 done[index] = (tokens, reason == FinishReason.STOP)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchpipe.errors import OutputError
-from batchpipe.write.durable import write_whole
+from batchpipe.write.place import Place
 
 FILE_NAME = "metrics.parquet"
 
@@ -88,7 +87,7 @@ METRICS_SCHEMA = pa.schema([(field.name, _ARROW_TYPES[str(field.type)]) for fiel
 _ADDED = {"reused_tokens", "kv_faults"}
 
 
-def append_metrics(folder: Path, metrics: RunMetrics) -> None:
+def append_metrics(folder: Place, metrics: RunMetrics) -> None:
     """Adds a row to the folder's metrics, replacing the file as a whole.
 
     Raises OutputError if the file cannot be read or written.
@@ -97,24 +96,24 @@ def append_metrics(folder: Path, metrics: RunMetrics) -> None:
     table = pa.concat_tables([_read(folder), pa.Table.from_pylist([row], METRICS_SCHEMA)])
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_whole(folder / FILE_NAME, sink.getvalue().to_pybytes())
+    folder.write(FILE_NAME, sink.getvalue().to_pybytes())
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Place) -> list[dict[str, Any]]:
     """The metrics of the folder's runs, oldest first."""
     rows: list[dict[str, Any]] = _read(folder).to_pylist(maps_as_pydicts="strict")
     return rows
 
 
-def _read(folder: Path) -> pa.Table:
-    path = folder / FILE_NAME
-    if not path.exists():
+def _read(folder: Place) -> pa.Table:
+    data = folder.read(FILE_NAME)
+    if data is None:
         return METRICS_SCHEMA.empty_table()
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
             table = file.read()
             for name in _ADDED - set(table.column_names):
                 table = table.append_column(name, pa.nulls(len(table), METRICS_SCHEMA.field(name).type))
             return table.select(METRICS_SCHEMA.names).cast(METRICS_SCHEMA)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise OutputError(f"{path}: cannot be read as metrics ({error}); move it away.") from error
+        raise OutputError(f"{folder / FILE_NAME}: cannot be read as metrics ({error}); move it away.") from error

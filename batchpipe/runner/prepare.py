@@ -89,7 +89,7 @@ class Prepared:
 
     def open_output(self, fresh: bool) -> OutputFolder:
         return open_output(
-            Path(self.job.output.path),
+            self.job.output.path,
             identity=self.identity,
             job_yaml=yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             schema=self.schema,
@@ -125,7 +125,7 @@ def prepare(job: Job, *, device: str | None = None, needs_weights: bool = True) 
         job.input,
         carry=job.output.columns,
         needed=needed_columns(job.input, job.sampling.column),
-        exclude=Path(job.output.path),
+        exclude=None if "://" in job.output.path else Path(job.output.path),
     )
     with_logprobs = job.sampling.logprobs > 0 or job.sampling.column is not None
     schema = completions_schema(source.carried_schema, with_logprobs)

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchpipe.errors import OutputError
-from batchpipe.write.folder import COMPLETIONS
+from batchpipe.write.folder import part_names
+from batchpipe.write.place import Place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,9 +35,14 @@ _SUMMARY_KEYS = (
 class Result:
     """An output folder, the metrics of its last run (keys as in metrics.parquet), and the exit code of the command."""
 
-    path: Path
+    place: Place
     metrics: Mapping[str, Any]
     exit_code: int
+
+    @property
+    def path(self) -> Path | str:
+        """The output folder; its address if it lies in an object store."""
+        return Path(self.place.base) if self.place.is_local else self.place.address
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -45,11 +51,10 @@ class Result:
 
     def table(self) -> pa.Table:
         """All completions so far, in the order of the input. Raises OutputError if there are none yet."""
-        parts = sorted((self.path / COMPLETIONS).glob("part-*.parquet"))
+        parts = part_names(self.place)
         if not parts:
             raise OutputError(f"{self.path}: holds no completions yet; run the job again to continue it.")
-        # Without `partitioning=None` a folder named key=value in the path would become a column.
-        table = pa.concat_tables(pq.read_table(part, partitioning=None) for part in parts)
+        table = pa.concat_tables(pq.read_table(self.place.open(name)) for name in parts)
         order = pc.sort_indices(table, [("row_index", "ascending"), ("sample_index", "ascending")])
         try:
             return table.take(order)

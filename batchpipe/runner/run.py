@@ -51,7 +51,7 @@ def run_job(
     prepared = prepare(load_job(job, overrides))
     with prepared.open_output(fresh) as folder:
         if folder.finished:
-            return Result(folder.path, read_metrics(folder.path)[-1], exit_code=0)
+            return Result(folder.place, read_metrics(folder.place)[-1], exit_code=0)
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
@@ -81,10 +81,10 @@ def run_job(
                 progress.tick()
                 stop = interrupt.requested or _too_many_failed(prepared, writer.counts)
             metrics = account.metrics(prepared, engine, writer.counts)
-            append_metrics(folder.path, metrics)
+            append_metrics(folder.place, metrics)
             if stop is None:
                 writer.finish(prepared.source.rows_seen)
-    result = Result(folder.path, asdict(metrics), exit_code=_SOME_ROWS_FAILED if metrics.rows_failed else 0)
+    result = Result(folder.place, asdict(metrics), exit_code=_SOME_ROWS_FAILED if metrics.rows_failed else 0)
     if interrupt.requested is not None and stop is not None:
         message = f"stopped by {stop} with {metrics.rows_total} rows done; the same command continues"
         raise InterruptedRunError(message, result.summary)

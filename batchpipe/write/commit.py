@@ -19,10 +19,13 @@ import pyarrow.parquet as pq
 
 from batchpipe.errors import OutputError
 from batchpipe.write.crash import crash_point
-from batchpipe.write.durable import publish, sync, write_fully, write_whole, writing
+from batchpipe.write.durable import sync, write_fully, write_whole, writing
+from batchpipe.write.place import Place
 from batchpipe.write.row_set import Int64Array, Range, RowCounts, from_ranges, summarize, to_ranges
 
 IDENTITY_KEY = "batchpipe.identity_sha256"
+
+_HASH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +50,46 @@ class _Line:
     part: msgspec.Raw
 
 
-def commit_part(batches: Sequence[pa.RecordBatch], schema: pa.Schema, temporary: Path, path: Path) -> PartRecord:
-    """Writes one part and gives it its final name; after a crash on the way `path` is absent or whole.
+def commit_part(
+    batches: Sequence[pa.RecordBatch], schema: pa.Schema, temporary: Path, place: Place, name: str
+) -> PartRecord:
+    """Writes one part and gives it its final name in `place`; after a crash on the way it is absent or whole.
 
-    Raises OutputError if the disk refuses, or if what is read back differs from what was written.
+    Raises OutputError if the disk or store refuses, or if what is read back differs from what was written.
     """
     table = pa.Table.from_batches(batches, schema).combine_chunks()  # many small chunks are written three times slower
-    with writing(path):
+    with writing(temporary):
         pq.write_table(table, temporary, compression="zstd", compression_level=3, write_page_index=True)
         crash_point("after_tmp_write")
         sync(temporary)
-    record = describe_part(temporary, path.name, schema.metadata)
+    with writing(temporary), pa.OSFile(str(temporary)) as file:
+        record = describe_part(file, str(temporary), schema.metadata)
     if record.num_rows != sum(batch.num_rows for batch in batches):
         raise OutputError(f"{temporary}: holds other rows than were written to it; the disk is not to be trusted.")
     crash_point("before_rename")
-    with writing(path):
-        publish(temporary, path)
+    place.publish(temporary, name)
     crash_point("after_rename")
     return record
 
 
-def describe_part(path: Path, name: str, metadata: Mapping[bytes, bytes]) -> PartRecord:
+def describe_part(file: pa.NativeFile, path: str, metadata: Mapping[bytes, bytes]) -> PartRecord:
     """Reads a part. Raises OutputError if it is damaged, or its identity is another job's than that of `metadata`."""
     try:
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        with pq.ParquetFile(path) as part:
+        sha256 = hashlib.sha256()
+        while block := file.read(_HASH_BYTES):
+            sha256.update(block)
+        file.seek(0)
+        with pq.ParquetFile(file) as part:
             found = part.metadata.metadata or {}
             table = part.read(["row_index", "sample_index", "status"])
+        num_bytes = file.size()
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{path}: cannot be read as a part of the completions: {error}") from error
     if found.get(IDENTITY_KEY.encode()) != metadata[IDENTITY_KEY.encode()]:
         raise OutputError(f"{path}: belongs to another job; move it away, or start over with --fresh.")
     row_indexes, counts = summarize(table)
-    return PartRecord(name, table.num_rows, path.stat().st_size, sha256, counts, to_ranges(row_indexes))
+    name = path.rpartition("/")[2]
+    return PartRecord(name, table.num_rows, num_bytes, sha256.hexdigest(), counts, to_ranges(row_indexes))
 
 
 class CommitLog:
@@ -91,10 +100,7 @@ class CommitLog:
 
     def read(self) -> tuple[list[PartRecord], bool]:
         """The readable records, and whether they are all that the file holds."""
-        data = self._path.read_bytes() if self._path.exists() else b""
-        decoded = [_decode(line) for line in data.split(b"\n") if line]
-        records = [record for record in decoded if record is not None]
-        return records, len(records) == len(decoded) and (not data or data.endswith(b"\n"))
+        return read_commits(self._path.read_bytes() if self._path.exists() else b"")
 
     def append(self, record: PartRecord) -> None:
         with writing(self._path):
@@ -107,6 +113,13 @@ class CommitLog:
 
     def rewrite(self, records: Sequence[PartRecord]) -> None:
         write_whole(self._path, b"".join(map(_encode, records)))
+
+
+def read_commits(data: bytes) -> tuple[list[PartRecord], bool]:
+    """The readable records of a commit log's content, and whether they are all that it holds."""
+    decoded = [_decode(line) for line in data.split(b"\n") if line]
+    records = [record for record in decoded if record is not None]
+    return records, len(records) == len(decoded) and (not data or data.endswith(b"\n"))
 
 
 def _encode(record: PartRecord) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +17,18 @@ import pyarrow as pa
 from batchpipe.job.identity import Identity
 from batchpipe.write.commit import CommitLog, PartRecord, commit_part
 from batchpipe.write.crash import crash_point
-from batchpipe.write.durable import write_whole, writing
-from batchpipe.write.lock import FolderLock
+from batchpipe.write.durable import writing
+from batchpipe.write.lock import PlaceLock
+from batchpipe.write.place import STATE, Place
 from batchpipe.write.row_set import Int64Array, RowCounts, RowSet
 
 COMPLETIONS = "completions"
-STATE = "_batchpipe"
 SUCCESS = "_SUCCESS"
+COMMITS = "commits.jsonl"
+PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
+
+# A remote place gets the commit log again this often; the parts that it lacks are read by a run that resumes elsewhere.
+_LOG_UPLOAD_SECONDS = 30.0
 
 
 class OutputFolder:
@@ -30,29 +37,27 @@ class OutputFolder:
     `done` holds the input rows that have an outcome on disk, in a part or in the row log; `counts` are their outcomes.
     """
 
-    def __init__(self, path: Path, lock: FolderLock, identity: Identity, schema: pa.Schema) -> None:
-        self.path = path
-        self.state = path / STATE
+    def __init__(self, place: Place, lock: PlaceLock, identity: Identity, schema: pa.Schema) -> None:
+        self.place = place
+        self.state = place.working
         self.schema = schema
         self.done = RowSet()
         self.counts = RowCounts()
         self.parts: list[PartRecord] = []
-        self.commit_log = CommitLog(self.state / "commits.jsonl")
+        self.commit_log = CommitLog(self.state / COMMITS)
+        self._log_upload_seconds = time.monotonic()
         self._lock = lock
         self._identity = identity
         self._attempt_path = self.state / "tmp" / uuid.uuid4().hex[:8]
-        with writing(path):
+        with writing(self.state):
             shutil.rmtree(self._attempt_path.parent, ignore_errors=True)  # parts that earlier attempts did not finish
             self._attempt_path.mkdir(parents=True)
-            (path / COMPLETIONS).mkdir(exist_ok=True)
+        place.make_folder(COMPLETIONS)
 
     @property
     def finished(self) -> bool:
         """Whether every row of the input has an outcome in a part."""
-        return (self.path / SUCCESS).exists()
-
-    def part_path(self, number: int) -> Path:
-        return self.path / COMPLETIONS / f"part-{number:05d}.parquet"
+        return self.place.size_bytes(SUCCESS) is not None
 
     def log_path(self, number: int) -> Path:
         """The row log that holds the rows of part `number` until the part is committed."""
@@ -65,12 +70,15 @@ class OutputFolder:
 
     def commit(self, number: int, batches: Sequence[pa.RecordBatch]) -> None:
         """Writes batches of completions as part `number`, records it, and deletes its row log if there is one."""
-        path = self.part_path(number)
-        record = commit_part(batches, self.schema, self._attempt_path / path.name, path)
+        self._lock.check()
+        temporary = self._attempt_path / f"part-{number:05d}.parquet"
+        record = commit_part(batches, self.schema, temporary, self.place, f"{COMPLETIONS}/{temporary.name}")
         crash_point("before_commit_record")
         self.commit_log.append(record)
         crash_point("after_commit_record")
         self.parts.append(record)
+        if time.monotonic() - self._log_upload_seconds >= _LOG_UPLOAD_SECONDS:
+            self._upload_log()
         with writing(self.log_path(number)):
             self.log_path(number).unlink(missing_ok=True)
 
@@ -78,6 +86,8 @@ class OutputFolder:
         """Declares the output complete: manifest, then `_SUCCESS`. All of the input's rows must be in parts."""
         rows_in_parts = sum(record.counts.total for record in self.parts)
         assert rows_in_parts == len(self.done) == total_rows, f"{rows_in_parts} rows committed of {total_rows}"
+        self._lock.check()
+        self._upload_log()
         manifest = {
             "identity_sha256": self._identity.sha256,
             "rows": msgspec.to_builtins(self.counts),
@@ -87,9 +97,14 @@ class OutputFolder:
             ],
         }
         crash_point("before_manifest")
-        write_whole(self.state / "manifest.json", to_json(manifest))
+        self.place.write(f"{STATE}/manifest.json", to_json(manifest))
         crash_point("before_success")
-        write_whole(self.path / SUCCESS, b"")
+        self.place.write(SUCCESS, b"")
+
+    def _upload_log(self) -> None:
+        self._log_upload_seconds = time.monotonic()
+        if not self.place.is_local:
+            self.place.write(f"{STATE}/{COMMITS}", (self.state / COMMITS).read_bytes())
 
     def __enter__(self) -> OutputFolder:
         return self
@@ -97,6 +112,12 @@ class OutputFolder:
     def __exit__(self, *exception: object) -> None:
         shutil.rmtree(self._attempt_path.parent, ignore_errors=True)
         self._lock.release()
+
+
+def part_names(place: Place) -> list[str]:
+    """The committed parts of completions in their order, as names in `place`."""
+    names = sorted(place.sizes_bytes(COMPLETIONS))
+    return [f"{COMPLETIONS}/{name}" for name in names if PART_NAME.fullmatch(name)]
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

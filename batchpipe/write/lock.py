@@ -8,6 +8,7 @@ import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import orjson
 
@@ -16,6 +17,16 @@ from batchpipe.errors import OutputError
 # `holder` takes the lock for an instant to see whether it is free, so a run that starts just then tries again.
 _ATTEMPTS = 5
 _ATTEMPT_SECONDS = 0.02
+
+
+class PlaceLock(Protocol):
+    """What an open output folder asks of its lock."""
+
+    def check(self) -> None:
+        """Raises OutputError if another run has taken the folder over."""
+        ...
+
+    def release(self) -> None: ...
 
 
 class FolderLock:
@@ -61,6 +72,9 @@ class FolderLock:
         since = datetime.now(UTC).isoformat("T", "seconds")
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, orjson.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}), 0)
+
+    def check(self) -> None:
+        """Nothing can take a `flock` from its holder."""
 
     def release(self) -> None:
         os.close(self._descriptor)

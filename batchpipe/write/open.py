@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,19 +17,20 @@ import pyarrow as pa
 from batchpipe.errors import OutputError
 from batchpipe.job.identity import Identity, difference
 from batchpipe.write.commit import IDENTITY_KEY, PartRecord, describe_part
-from batchpipe.write.durable import write_whole, writing
-from batchpipe.write.folder import COMPLETIONS, STATE, OutputFolder, to_json
+from batchpipe.write.durable import writing
+from batchpipe.write.folder import COMMITS, COMPLETIONS, PART_NAME, OutputFolder, to_json
 from batchpipe.write.lock import FolderLock
+from batchpipe.write.place import STATE, Place, open_place
+from batchpipe.write.remote_lock import RemoteLock
 from batchpipe.write.row_log import read_log
 from batchpipe.write.row_set import summarize
 from batchpipe.write.schema import SCHEMA_VERSION
 
-_PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 _LOG_NAME = re.compile(r"rows-(\d{5,})\.log")
 
 
 def open_output(
-    path: Path,
+    path: str | Path,
     *,
     identity: Identity,
     job_yaml: str,
@@ -39,17 +40,20 @@ def open_output(
 ) -> OutputFolder:
     """Opens the folder of the job that `identity` names, creating it if needed, and recovers the rows it holds.
 
+    `path` is a local folder or an address of an object store (`batchpipe.write.place`).
+
     `provenance` (versions, model, revision) goes into the footer of each part. With `fresh` an older output is moved
     to `<path>.old-<time>`. Raises OutputError if the folder is in use, belongs to another job or to something else
     than batchpipe, cannot be written, or has lost or doubled committed rows.
     """
-    lock = _lock_folder(path, fresh)
+    place = open_place(path)
+    lock = _lock_folder(place, fresh) if place.is_local else _lock_remote(place, fresh)
     try:
         metadata = {f"batchpipe.{key}": value for key, value in provenance.items()}
         metadata |= {IDENTITY_KEY: identity.sha256, "batchpipe.schema_version": str(SCHEMA_VERSION)}
-        _check_identity(path, identity)
-        write_whole(path / STATE / "job.yaml", job_yaml.encode())
-        folder = OutputFolder(path, lock, identity, schema.with_metadata(metadata))
+        _check_identity(place, identity)
+        place.write(f"{STATE}/job.yaml", job_yaml.encode())
+        folder = OutputFolder(place, lock, identity, schema.with_metadata(metadata))
         _recover(folder)
     except BaseException:
         lock.release()
@@ -59,11 +63,11 @@ def open_output(
 
 def next_part_number(folder: OutputFolder) -> int:
     """The number after the highest part's."""
-    return max(_numbered(folder.path / COMPLETIONS, _PART_NAME), default=-1) + 1
+    return max(_numbered(folder.place.sizes_bytes(COMPLETIONS), PART_NAME), default=-1) + 1
 
 
-def _lock_folder(path: Path, fresh: bool) -> FolderLock:
-    state = path / STATE
+def _lock_folder(place: Place, fresh: bool) -> FolderLock:
+    path, state = Path(place.base), place.working
     begun = state.is_dir()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -78,23 +82,46 @@ def _lock_folder(path: Path, fresh: bool) -> FolderLock:
     if not (begun and fresh):
         return lock
     with lock:
-        aside = path.with_name(f"{path.name}.old-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-        with writing(aside):
-            path.rename(aside)
-    return _lock_folder(path, fresh=False)
+        place.move_to(_aside(place))
+    return _lock_folder(place, fresh=False)
 
 
-def _check_identity(folder: Path, identity: Identity) -> None:
-    path = folder / STATE / "identity.json"
-    if not path.exists():
-        if any((folder / COMPLETIONS).glob("part-*.parquet")):
+def _lock_remote(place: Place, fresh: bool) -> RemoteLock:
+    """The lock of a remote place, and this machine's copy of its commit log."""
+    begun = bool(place.sizes_bytes(STATE))
+    if not begun and place.sizes_bytes():
+        raise OutputError(
+            f"{place.address}: holds files, but is no output folder of batchpipe; set output.path to another one."
+        )
+    lock = RemoteLock(place)
+    if begun and fresh:
+        with lock:
+            place.move_to(_aside(place))
+        return _lock_remote(place, fresh=False)
+    commits = place.working / COMMITS
+    if not commits.exists():
+        with writing(commits):
+            commits.write_bytes(place.read(f"{STATE}/{COMMITS}") or b"")
+    return lock
+
+
+def _aside(place: Place) -> str:
+    return f"{place.base}.old-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+
+
+def _check_identity(place: Place, identity: Identity) -> None:
+    folder, name = place.address, f"{STATE}/identity.json"
+    path = place / name
+    data = place.read(name)
+    if data is None:
+        if _numbered(place.sizes_bytes(COMPLETIONS), PART_NAME):
             raise OutputError(f"{path} is missing, so it is unknown which job {folder} belongs to; use --fresh.")
-        write_whole(path, to_json({"schema_version": SCHEMA_VERSION, "identity": identity.parts}))
+        place.write(name, to_json({"schema_version": SCHEMA_VERSION, "identity": identity.parts}))
         return
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(data)
         version, parts = found["schema_version"], found["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path}: cannot be read ({error}); start over with --fresh.") from error
     if version != SCHEMA_VERSION:
         raise OutputError(
@@ -108,40 +135,47 @@ def _check_identity(folder: Path, identity: Identity) -> None:
 
 def _recover(folder: OutputFolder) -> None:
     """Raises OutputError if committed rows are gone, changed, or there twice: guessing could not bring them back."""
-    completions = folder.path / COMPLETIONS
-    parts = _numbered(completions, _PART_NAME)
+    sizes_bytes = folder.place.sizes_bytes(COMPLETIONS)
+    parts = _numbered(sizes_bytes, PART_NAME)
     records, intact = folder.commit_log.read()
     for record in records:
-        _check_unchanged(completions / record.name, record)
+        _check_unchanged(_part_path(folder, record.name), record, sizes_bytes.get(record.name))
     known = {record.name for record in records}
-    unrecorded = [
-        describe_part(path, path.name, folder.schema.metadata) for path in parts.values() if path.name not in known
-    ]
+    unrecorded = [_described(folder, name) for name in parts.values() if name not in known]
     for record in (*records, *unrecorded):
         if folder.done.overlaps(record.row_indexes):
-            raise OutputError(
-                f"{completions / record.name}: holds rows that another part holds too; move the copy away."
-            )
+            path = _part_path(folder, record.name)
+            raise OutputError(f"{path}: holds rows that another part holds too; move the copy away.")
         folder.take(record.row_indexes, record.counts)
         folder.parts.append(record)
     if unrecorded or not intact:
         folder.commit_log.rewrite(folder.parts)
-    for number, path in _numbered(folder.state, _LOG_NAME).items():
-        _settle_log(folder, number, path, committed=number in parts)
+    logs = _numbered((path.name for path in folder.state.iterdir()), _LOG_NAME)
+    for number, name in logs.items():
+        _settle_log(folder, number, folder.state / name, committed=number in parts)
 
 
-def _numbered(folder: Path, name: re.Pattern[str]) -> dict[int, Path]:
-    found = {int(match[1]): path for path in folder.iterdir() if (match := name.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+def _numbered(names: Iterable[str], pattern: re.Pattern[str]) -> dict[int, str]:
+    return dict(sorted((int(match[1]), name) for name in names if (match := pattern.fullmatch(name))))
 
 
-def _check_unchanged(path: Path, record: PartRecord) -> None:
+def _part_path(folder: OutputFolder, name: str) -> str:
+    return folder.place / f"{COMPLETIONS}/{name}"
+
+
+def _described(folder: OutputFolder, name: str) -> PartRecord:
+    path = _part_path(folder, name)
     try:
-        num_bytes = path.stat().st_size
+        file = folder.place.open(f"{COMPLETIONS}/{name}")
     except OSError as error:
-        raise OutputError(
-            f"{path}: was committed and cannot be found ({error.strerror}); put it back, or start over with --fresh."
-        ) from error
+        raise OutputError(f"{path}: cannot be read as a part of the completions: {error}") from error
+    with file:
+        return describe_part(file, path, folder.schema.metadata)
+
+
+def _check_unchanged(path: str, record: PartRecord, num_bytes: int | None) -> None:
+    if num_bytes is None:
+        raise OutputError(f"{path}: was committed and cannot be found; put it back, or start over with --fresh.")
     if num_bytes != record.num_bytes:
         raise OutputError(
             f"{path}: was committed with {record.num_bytes} bytes and has {num_bytes} now; put it back as it was, or "

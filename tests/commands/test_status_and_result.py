@@ -8,6 +8,7 @@ from batchpipe.errors import OutputError
 from batchpipe.report.metrics import append_metrics, read_metrics
 from batchpipe.runner.result import Result
 from batchpipe.types import Carried, Outcome, RowKey
+from batchpipe.write.place import open_place
 from batchpipe.write.schema import completions_schema
 from batchpipe.write.writer import CompletionWriter
 from tests.report.run_metrics_case import RUN_METRICS
@@ -16,7 +17,7 @@ from tests.write.completion_cases import SCHEMA, open_folder, outcomes_of, run_j
 
 def test_status_of_a_finished_output(tmp_path: Path) -> None:
     run_job(tmp_path, 25)
-    append_metrics(tmp_path, RUN_METRICS)
+    append_metrics(open_place(tmp_path), RUN_METRICS)
     status = status_of(tmp_path)
     assert status.pop("last_run")["run_id"] == "run-1"
     assert status.pop("bytes") == sum(part.stat().st_size for part in (tmp_path / "completions").iterdir())
@@ -54,8 +55,8 @@ def test_the_table_stands_in_the_order_of_the_input(tmp_path: Path) -> None:
         writer.write(outcomes_of([5, 1, 3], num_samples=2))
         writer.write(outcomes_of([4, 0, 2], num_samples=2))
         writer.finish(6)
-    append_metrics(path, RUN_METRICS)
-    result = Result(path, read_metrics(path)[-1], 3)
+    append_metrics(open_place(path), RUN_METRICS)
+    result = Result(open_place(path), read_metrics(open_place(path))[-1], 3)
     table = result.table()
     assert table.schema.equals(SCHEMA)
     keys = list(zip(table["row_index"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
@@ -81,11 +82,11 @@ def test_the_table_holds_carried_views_too(tmp_path: Path) -> None:
     with open_folder(tmp_path, schema=schema) as folder, CompletionWriter(folder, part_rows=1) as writer:
         writer.write([Outcome(RowKey(i, str(i), Carried(batch, i)), 1, None, (sample(),)) for i in (1, 0)])
         writer.finish(2)
-    table = Result(tmp_path, {}, 0).table()
+    table = Result(open_place(tmp_path), {}, 0).table()
     assert table["view"].to_pylist() == ["x", "y"] and table.schema.field("view").type == pa.string_view()
 
 
 def test_an_output_without_completions_has_no_table(tmp_path: Path) -> None:
     open_folder(tmp_path).__exit__(None, None, None)
     with pytest.raises(OutputError, match="holds no completions yet"):
-        Result(tmp_path, {}, 75).table()
+        Result(open_place(tmp_path), {}, 75).table()

@@ -11,6 +11,7 @@ from batchpipe.errors import OutputError
 from batchpipe.report.meter import Meter
 from batchpipe.report.metrics import METRICS_SCHEMA, append_metrics, read_metrics
 from batchpipe.types import LinkUse, Outcome, RowStatus, StepResult
+from batchpipe.write.place import open_place
 from tests.report.run_metrics_case import RUN_METRICS
 from tests.write.completion_cases import outcomes_of, sample
 
@@ -32,9 +33,9 @@ def test_columns_are_those_of_the_contract() -> None:
 
 def test_each_run_adds_a_row_of_fixed_types(tmp_path: Path) -> None:
     for run_id in ("first", "second"):
-        append_metrics(tmp_path, replace(RUN_METRICS, run_id=run_id))
+        append_metrics(open_place(tmp_path), replace(RUN_METRICS, run_id=run_id))
     assert pq.read_schema(tmp_path / "metrics.parquet").equals(METRICS_SCHEMA)
-    first, second = read_metrics(tmp_path)
+    first, second = read_metrics(open_place(tmp_path))
     assert (first["run_id"], second["run_id"]) == ("first", "second")
     assert first["versions"] == {"batchpipe": "0.1.0", "torch": "2.13.0"}
     assert first["stage_utilization"] == [0.5, 0.75] and first["revision"] is None
@@ -43,11 +44,11 @@ def test_each_run_adds_a_row_of_fixed_types(tmp_path: Path) -> None:
 
 
 def test_runs_of_an_older_version_stay_with_nulls_for_what_it_did_not_know(tmp_path: Path) -> None:
-    append_metrics(tmp_path, RUN_METRICS)
+    append_metrics(open_place(tmp_path), RUN_METRICS)
     path = tmp_path / "metrics.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["kv_faults", "reused_tokens"]), path)
-    append_metrics(tmp_path, RUN_METRICS)
-    old, new = read_metrics(tmp_path)
+    append_metrics(open_place(tmp_path), RUN_METRICS)
+    old, new = read_metrics(open_place(tmp_path))
     assert (old["kv_faults"], old["stall_seconds"], new["kv_faults"]) == (None, 0.0, 0)
     assert pq.read_schema(path).equals(METRICS_SCHEMA)
 
@@ -58,13 +59,13 @@ def test_rows_always_add_up() -> None:
 
 
 def test_a_folder_without_metrics_has_none_and_damaged_ones_are_named(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path) == []
+    assert read_metrics(open_place(tmp_path)) == []
     (tmp_path / "metrics.parquet").write_text("not parquet")
     with pytest.raises(OutputError, match=r"metrics\.parquet: cannot be read as metrics"):
-        append_metrics(tmp_path, RUN_METRICS)
+        append_metrics(open_place(tmp_path), RUN_METRICS)
     pq.write_table(pa.table({"other": [1]}), tmp_path / "metrics.parquet")
     with pytest.raises(OutputError, match=r"metrics\.parquet: cannot be read as metrics"):
-        read_metrics(tmp_path)
+        read_metrics(open_place(tmp_path))
 
 
 def step_result(*stage_seconds: float) -> StepResult:

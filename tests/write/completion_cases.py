@@ -63,7 +63,7 @@ def outcomes_of(indexes: Iterable[int], num_samples: int = 1) -> list[Outcome]:
 
 
 def open_folder(
-    path: Path, *, identity: Identity = IDENTITY, schema: pa.Schema = SCHEMA, fresh: bool = False
+    path: str | Path, *, identity: Identity = IDENTITY, schema: pa.Schema = SCHEMA, fresh: bool = False
 ) -> OutputFolder:
     return open_output(
         path,
@@ -75,7 +75,7 @@ def open_folder(
     )
 
 
-def run_job(path: Path, total_rows: int, part_rows: int = 10, write_rows: int = 3, fresh: bool = False) -> None:
+def run_job(path: str | Path, total_rows: int, part_rows: int = 10, write_rows: int = 3, fresh: bool = False) -> None:
     """What a run does with its folder: only what has no outcome yet is written, a few rows at a time."""
     with open_folder(path, fresh=fresh) as folder, CompletionWriter(folder, part_rows) as writer:
         missing = [index for index in range(total_rows) if index not in folder.done]

@@ -185,7 +185,7 @@ def test_a_copy_of_a_part_or_anothers_part_is_an_error(tmp_path: Path) -> None:
         open_folder(tmp_path / "run")
     with open_folder(tmp_path / "other", identity=Identity({"model.name": "other"})) as other:
         other.commit(0, [])
-    copy.write_bytes(other.part_path(0).read_bytes())
+    copy.write_bytes((tmp_path / "other" / "completions" / "part-00000.parquet").read_bytes())
     with pytest.raises(OutputError, match=r"part-00007\.parquet: belongs to another job"):
         open_folder(tmp_path / "run")
 
