@@ -31,7 +31,7 @@ def load_job(source: str | Path | Mapping[str, Any] | Job, overrides: Overrides 
     mistakes: list[str] = []
     origin, folder = "job", Path.cwd()
     if isinstance(source, Job):
-        data = source.model_dump()
+        data = source.model_dump(exclude_unset=True)  # what is not set stays known as not set
     elif isinstance(source, Mapping):
         data = _expanded(source, mistakes)
     else:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from batchpipe.errors import InputError, JobError, RowError
 from batchpipe.job.spec import InputSpec
+from batchpipe.read.nested import root_of
 
 BATCH_ROWS = 1_024
 DEFAULT_ID_COLUMN: str = InputSpec.model_fields["id_column"].default
@@ -43,6 +44,11 @@ class Wanted:
     spec: InputSpec
     carry: Carry
     needed: frozenset[str]
+
+    @property
+    def names_id_column(self) -> bool:
+        """Whether the job itself says which column holds the ids."""
+        return "id_column" in self.spec.model_fields_set
 
     def id_column(self, available: Sequence[str]) -> str | None:
         """The job's id column; None if it has the default name, which an input need not have, and is missing."""
@@ -87,7 +93,7 @@ class Reader(Protocol):
 
 def check_present(needed: Sequence[str], available: Sequence[str], where: str) -> None:
     for name in needed:
-        if name not in available:
+        if root_of(name, available) not in available:
             raise InputError(f"{where} has no column {name!r}{_suggest(name, available)}")
 
 

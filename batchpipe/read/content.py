@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import orjson
 
 from batchpipe.errors import JobError, RowError
+from batchpipe.read.nested import value_at
 from batchpipe.types import ErrorCode
 
 Message = dict[str, Any]
@@ -38,12 +39,13 @@ class PromptTemplate:
     def fill(self, values: Mapping[str, Any]) -> str:
         """The text with the row's values at their places; braces inside values are left as they are."""
         return "".join(
-            literal if name is None else literal + _as_text(name, values.get(name)) for literal, name in self._pieces
+            literal if name is None else literal + _as_text(name, value_at(values, name))
+            for literal, name in self._pieces
         )
 
 
 def _check_name(name: str, layout: str | None, conversion: str | None) -> None:
-    is_plain = name != "" and not name.isdigit() and not any(mark in name for mark in ".[]")
+    is_plain = name != "" and not name.isdigit() and not any(mark in name for mark in "[]") and all(name.split("."))
     if not is_plain or layout or conversion:
         place = name + (f"!{conversion}" if conversion else "") + (f":{layout}" if layout else "")
         raise JobError(f"input.template: {{{place}}} is more than the name of a column, such as {{question}}")
@@ -52,7 +54,7 @@ def _check_name(name: str, layout: str | None, conversion: str | None) -> None:
 def _as_text(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
-    if value is None:
+    if value is None or value != value:  # pandas writes NaN for null
         raise RowError(ErrorCode.MISSING_PROMPT, f"column {name!r} of input.template is missing or null")
     if isinstance(value, list | dict | bytes):
         kind = type(value).__name__

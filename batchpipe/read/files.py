@@ -26,13 +26,17 @@ _WILDCARD = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file to read. `relative` is its path below the folder or pattern that found it."""
+    """One file to read. `relative` is its path below the folder or pattern that found it.
+
+    `named`: the job names this very file, which it does not where it names a folder or a pattern.
+    """
 
     filesystem: fs.FileSystem
     path: str
     relative: str
     size_bytes: int
     modified_ns: int | None
+    named: bool = False
 
     def open(self) -> pa.NativeFile:
         """The bytes as stored, seekable. Raises InputError if the file cannot be opened."""
@@ -92,7 +96,7 @@ def _expand(path: str, exclude: Path | None) -> list[InputFile]:
         filesystem, literal = _locate(path)
         info = filesystem.get_file_info(literal)
         if info.type == fs.FileType.File:
-            return [_input_file(filesystem, info, literal.rpartition("/")[0])]
+            return [_input_file(filesystem, info, literal.rpartition("/")[0], named=True)]
         wild = _WILDCARD.search(literal)
         if info.type == fs.FileType.Directory:
             _check_leaves_out(exclude, path, literal, [])
@@ -178,10 +182,10 @@ def _is_hidden(relative: str) -> bool:
     return relative.endswith(".crc") or any(part[0] in "_." for part in relative.split("/"))
 
 
-def _input_file(filesystem: fs.FileSystem, info: fs.FileInfo, root: str) -> InputFile:
+def _input_file(filesystem: fs.FileSystem, info: fs.FileInfo, root: str, *, named: bool = False) -> InputFile:
     if info.type != fs.FileType.File:
         raise InputError(f"input.path: {info.path} is no file that can be read (a broken or looping link?)")
-    return InputFile(filesystem, info.path, _relative(info, root), info.size, info.mtime_ns)
+    return InputFile(filesystem, info.path, _relative(info, root), info.size, info.mtime_ns, named)
 
 
 def _relative(info: fs.FileInfo, root: str) -> str:

@@ -18,6 +18,7 @@ from batchpipe.job.spec import InputSpec
 from batchpipe.model.tokenizer import Tokenizer
 from batchpipe.read.content import COMMON_ROLES, Message, PromptTemplate, checked_messages
 from batchpipe.read.frame import TextFrame, find_text_frame, find_token_frame
+from batchpipe.read.nested import value_at
 from batchpipe.types import ErrorCode
 
 # What a template raises if it cannot handle a row's data; any other exception is a mistake of ours.
@@ -57,7 +58,7 @@ class Renderer:
         """The prompt's text for `encode`, or the token ids that the row brings; RowError if the row has no prompt."""
         if self._spec.messages_column is not None:
             column = self._spec.messages_column
-            return self._conversation(checked_messages(values.get(column), column))
+            return self._conversation(checked_messages(value_at(values, column), column))
         content = self._template.fill(values) if self._template is not None else self._prompt(values)
         if not content:
             raise RowError(ErrorCode.EMPTY_PROMPT, "the prompt is empty")
@@ -75,10 +76,10 @@ class Renderer:
 
     def _prompt(self, values: Mapping[str, Any]) -> str | list[int]:
         column = self._spec.prompt_column
-        value = values.get(column)
+        value = value_at(values, column)
         if isinstance(value, str):
             return value
-        if value is None:
+        if value is None or value != value:  # pandas writes NaN for null
             raise RowError(ErrorCode.MISSING_PROMPT, f"column {column!r} is missing or null")
         if isinstance(value, list) and all(type(token_id) is int for token_id in value):
             return value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+import logging
+from collections.abc import Container, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,14 +13,16 @@ from batchpipe.errors import InputError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.read.columns import Carry, RawBatch, Reader, Wanted
 from batchpipe.read.duplicates import SeenIds
-from batchpipe.read.files import InputFile, find_files
+from batchpipe.read.files import find_files
+from batchpipe.read.formats.choose import choose_format
 from batchpipe.read.formats.hub import HUB_SCHEME, is_saved_dataset, open_hub, open_saved
 from batchpipe.read.formats.jsonl import JsonlReader
 from batchpipe.read.formats.parquet import ParquetReader
 from batchpipe.types import Carried, ErrorCode, FailedRow, Row, RowKey
 
+logger = logging.getLogger(__name__)
+
 MAX_ID_CHARACTERS = 1_024
-_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 
 
 class Source:
@@ -29,8 +32,11 @@ class Source:
     of the carried columns. `rows_seen` counts the rows read, skipped ones included; once `rows` ends it is the total.
     """
 
-    def __init__(self, reader: Reader, limit: int | None) -> None:
+    def __init__(self, reader: Reader, limit: int | None, *, needs_ids: bool = True) -> None:
+        """needs_ids: whether a row with a wrong or repeated id fails; else it is named by its file and number."""
         self._reader = reader
+        self._needs_ids = needs_ids
+        self._warned_of_ids = False
         self._limit = limit
         self.rows_seen = 0
         # Of the batch that rows come from: its last row's number, its rows, the reader's progress before it.
@@ -85,16 +91,29 @@ class Source:
         row_ids: list[Any] = [row.get(column) for row in batch.rows[:count]]
         if not _are_plain(row_ids):
             for offset, value in enumerate(row_ids):
-                message = _fault(value, column)
-                row_ids[offset] = str(value) if message is None else None
+                row_ids[offset], message = _checked_id(value, column)
                 if message is not None:
-                    faults.setdefault(offset, RowError(ErrorCode.BAD_ID, message))
+                    self._refuse_id(faults, offset, ErrorCode.BAD_ID, message)
         given = [offset for offset, row_id in enumerate(row_ids) if row_id is not None]
         for offset, was_seen in zip(given, seen_ids.add_batch([row_ids[o] for o in given]), strict=True):
             if was_seen:
                 message = f"the id {row_ids[offset]!r} belongs to an earlier row"
-                faults.setdefault(offset, RowError(ErrorCode.DUPLICATE_ID, message))
+                self._refuse_id(faults, offset, ErrorCode.DUPLICATE_ID, message)
+                if not self._needs_ids:
+                    row_ids[offset] = None
         return [row_id or _file_row(batch, offset) for offset, row_id in enumerate(row_ids)], faults
+
+    def _refuse_id(self, faults: dict[int, RowError], offset: int, code: ErrorCode, message: str) -> None:
+        """Fails the row, unless the job never said that the column holds ids."""
+        if self._needs_ids:
+            faults.setdefault(offset, RowError(code, message))
+        elif not self._warned_of_ids:
+            self._warned_of_ids = True
+            logger.warning(
+                "%s; such rows are named '<file name>:<row number>' (write input.id_column: %s to fail them, or "
+                "input.id_column: null to name all rows so)",
+                *(message, self._reader.id_column),
+            )
 
 
 def open_source(spec: InputSpec, *, carry: Carry, needed: frozenset[str], exclude: Path | None = None) -> Source:
@@ -102,7 +121,8 @@ def open_source(spec: InputSpec, *, carry: Carry, needed: frozenset[str], exclud
 
     Raises InputError if the input cannot be read, JobError if a column to carry is missing.
     """
-    return Source(_open_reader(Wanted(spec, carry, needed), exclude), spec.limit)
+    wanted = Wanted(spec, carry, needed)
+    return Source(_open_reader(wanted, exclude), spec.limit, needs_ids=wanted.names_id_column)
 
 
 def _open_reader(wanted: Wanted, exclude: Path | None) -> Reader:
@@ -114,26 +134,8 @@ def _open_reader(wanted: Wanted, exclude: Path | None) -> Reader:
             if len(paths) > 1:
                 raise InputError(f"input.path: {path} is a dataset; it can only be read alone")
             return (open_hub if is_hub else open_saved)(path, wanted)
-    files = find_files(paths, exclude)
-    kind = spec.format if spec.format != "auto" else _common_format(files)
+    files, kind = choose_format(find_files(paths, exclude), spec.format)
     return (JsonlReader if kind == "jsonl" else ParquetReader)(files, wanted)
-
-
-def _common_format(files: Sequence[InputFile]) -> str:
-    kinds: dict[str, InputFile] = {}
-    for file in files:
-        name = file.path.lower().removesuffix(".gz").removesuffix(".zst")
-        kind = _FORMATS.get(PurePosixPath(name).suffix)
-        if kind is None:
-            raise InputError(
-                f"input.path: the format of {file.path} cannot be told from its name (known: {', '.join(_FORMATS)}); "
-                "set input.format, or name the input more narrowly"
-            )
-        kinds[kind] = file
-    if len(kinds) > 1:
-        listed = ", ".join(f"{file.path} is {kind}" for kind, file in sorted(kinds.items()))
-        raise InputError(f"input.path: files of several formats ({listed}); read one, such as folder/*.parquet")
-    return next(iter(kinds))
 
 
 def _file_row(batch: RawBatch, offset: int) -> str:
@@ -146,14 +148,16 @@ def _are_plain(row_ids: list[Any]) -> bool:
     return set(map(type, row_ids)) == {str} and all(row_ids) and max(map(len, row_ids)) <= MAX_ID_CHARACTERS
 
 
-def _fault(value: Any, column: str) -> str | None:
-    """What is wrong with an id; None for a text or whole number that can be one."""
-    if value is None:
-        return f"the id column {column!r} is missing or null"
+def _checked_id(value: Any, column: str) -> tuple[str | None, str | None]:
+    """(the id, None) of a text or whole number, also one that a table holds as a double; else (None, what is wrong)."""
+    if value is None or value != value:  # pandas writes NaN for null
+        return None, f"the id column {column!r} is missing or null"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        return f"the id column {column!r} holds {type(value).__name__}; an id is text or a whole number"
+        return None, f"the id column {column!r} holds {type(value).__name__}; an id is text or a whole number"
     if value == "":
-        return f"the id column {column!r} holds an empty text"
+        return None, f"the id column {column!r} holds an empty text"
     if isinstance(value, str) and len(value) > MAX_ID_CHARACTERS:
-        return f"the id has {len(value):,} characters; at most {MAX_ID_CHARACTERS:,} are allowed"
-    return None
+        return None, f"the id has {len(value):,} characters; at most {MAX_ID_CHARACTERS:,} are allowed"
+    return str(value), None

@@ -12,6 +12,7 @@ import orjson
 
 from batchpipe.errors import JobError, RowError
 from batchpipe.job.sampling import Sampling
+from batchpipe.read.nested import value_at
 from batchpipe.read.render import Renderer
 from batchpipe.types import ErrorCode, FailedRow, Request, Row, SamplingParams
 
@@ -83,7 +84,7 @@ class _RowSampling:
 
     def of(self, values: Mapping[str, Any]) -> SamplingParams:
         column = self._sampling.column
-        given = values.get(column) if column is not None else None
+        given = value_at(values, column) if column is not None else None
         if given is None:
             return self.job_params
         if isinstance(given, str):
@@ -91,9 +92,11 @@ class _RowSampling:
                 given = orjson.loads(given)
             except orjson.JSONDecodeError as error:
                 _refuse(f"column {column!r} is not valid JSON: {error}", error)
+        if isinstance(given, list) and all(isinstance(pair, tuple) for pair in given):
+            given = dict(given)  # an Arrow map
         if not isinstance(given, dict):
             _refuse(f"column {column!r} holds a {type(given).__name__}, not an object of sampling settings")
-        params = self._sampling.override(given).params()
+        params = self._sampling.override({key: _without_pandas(value) for key, value in given.items()}).params()
         self._check(params)
         return params
 
@@ -104,6 +107,13 @@ class _RowSampling:
                     _refuse(f"{key}: token id {token_id} is outside the vocabulary of {self._vocabulary_size:,}")
         if params.logprobs > self._vocabulary_size:
             _refuse(f"logprobs: {params.logprobs} is more than the vocabulary's {self._vocabulary_size:,} tokens")
+
+
+def _without_pandas(value: Any) -> Any:
+    """pandas makes doubles of whole numbers where a column has nulls, and NaN of the nulls."""
+    if not isinstance(value, float):
+        return value
+    return None if value != value else int(value) if value.is_integer() else value
 
 
 def _refuse(message: str, cause: Exception | None = None) -> NoReturn:

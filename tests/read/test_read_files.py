@@ -93,7 +93,7 @@ def test_formats_are_not_guessed_or_mixed(tmp_path: Path) -> None:
     make(tmp_path, "a.jsonl", "b.parquet")
     with pytest.raises(InputError, match=r"files of several formats .*a\.jsonl is jsonl, .*b\.parquet is parquet"):
         source_of(str(tmp_path))
-    make(tmp_path / "other", "readme.md", "a.jsonl")
+    make(tmp_path / "other", "readme.md")
     with pytest.raises(InputError, match=r"format of .*readme\.md cannot be told from its name"):
         source_of(str(tmp_path / "other"))
     assert ids_of(str(tmp_path / "other" / "readme.md"), format="jsonl") == ["readme.md:1"]
@@ -161,3 +161,39 @@ def test_no_permission(tmp_path: Path) -> None:
     finally:
         if was_root:
             os.seteuid(0)
+
+
+class TestFoldersWithOtherFiles:
+    @staticmethod
+    def folder(tmp_path: Path, *names: str) -> Path:
+        for name in ("data/a.jsonl", "data/b.jsonl", *names):
+            path = tmp_path / "in" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"prompt": "x"}\n')
+        return tmp_path / "in"
+
+    def test_they_are_left_out_and_named_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path = self.folder(tmp_path, "README.md", "LICENSE", "data/notes", "z.py", ".gitattributes")
+        assert ids_of(str(path)) == ["a.jsonl:1", "b.jsonl:1"]
+        [warning] = caplog.messages
+        assert "README.md" in warning and warning.endswith(" and 1 more") and ".gitattributes" not in warning
+
+    def test_a_pattern_may_take_them_in_as_well(self, tmp_path: Path) -> None:
+        assert ids_of(f"{self.folder(tmp_path, 'data/c.md')}/data/*") == ["a.jsonl:1", "b.jsonl:1"]
+
+    def test_with_a_format_only_its_files_are_rows(self, tmp_path: Path) -> None:
+        path = self.folder(tmp_path, "x.parquet", "README.md")
+        assert ids_of(str(path), format="jsonl") == ["a.jsonl:1", "b.jsonl:1"]
+
+    def test_a_format_reads_names_that_tell_nothing(self, tmp_path: Path) -> None:
+        path = tmp_path / "in"
+        path.mkdir()
+        (path / "part-0").write_text('{"prompt": "x"}\n')
+        assert ids_of(str(path), format="jsonl") == ["part-0:1"]
+        with pytest.raises(InputError, match=r"format of .*part-0 cannot be told"):
+            source_of(str(path))
+
+    def test_a_file_that_the_job_names_is_not_left_out(self, tmp_path: Path) -> None:
+        path = self.folder(tmp_path, "README.md")
+        with pytest.raises(InputError, match=r"format of .*README\.md cannot be told"):
+            source_of([str(path / "data"), str(path / "README.md")])

@@ -181,11 +181,13 @@ def test_carried_types_are_those_of_the_first_rows(tmp_path: Path) -> None:
     assert batch.schema == source.carried_schema
     assert batch.to_pylist()[second.key.carried.offset] == {
         "id": 2, "prompt": "y", "flag": None, "score": 1.5,
-        "many": '{"k":null}', "mixed": '"1"', "big": "1", "none": None,
+        "many": '{"k":null}', "mixed": "1", "big": "1", "none": None,
     }  # fmt: skip
 
 
-def test_a_later_value_of_another_type_fails_its_row_only(tmp_path: Path) -> None:
+def test_a_value_of_another_type_costs_no_row_and_no_other_cell(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows: list[dict[str, Any]] = [{"id": f"r{n}", "prompt": "x", "n": 1, "late": None} for n in range(SAMPLE_ROWS)]
     rows += [
         {"id": "text", "prompt": "x", "n": "1"},
@@ -197,11 +199,11 @@ def test_a_later_value_of_another_type_fails_its_row_only(tmp_path: Path) -> Non
     ]
     source = source_of(write_rows(tmp_path / "in.jsonl", rows))
     *_, text, boolean, huge, fraction, good, string = source.rows()
-    for row, kind in ((text, "a string"), (boolean, "a bool"), (huge, "an int out of range"), (fraction, "a double")):
-        assert isinstance(row, FailedRow)
-        assert row.code == ErrorCode.WRONG_TYPE
-        assert row.message == f"column 'n' is int64 in the first rows, here it is {kind}"
-    assert text.key.row_id == "text"
+    for row in (text, boolean, huge, fraction):
+        assert isinstance(row, Row)
+        assert row.key.carried.batch["n"][row.key.carried.offset].as_py() is None
+    [warning] = caplog.messages
+    assert warning.startswith("output.columns: 'n' is int64 in most of the first rows, and a string in row 1001 of in.")
     assert isinstance(good, Row)
     assert good.key.carried.batch.schema.names == ["id", "prompt", "n", "late"]
     carried = good.key.carried.batch.to_pylist()
@@ -209,15 +211,20 @@ def test_a_later_value_of_another_type_fails_its_row_only(tmp_path: Path) -> Non
     assert carried[string.key.carried.offset]["late"] == "as it is"
 
 
-def test_a_number_out_of_range_fails_its_row_only(tmp_path: Path) -> None:
-    """Among values that are all of the column's type."""
-    rows = [{"id": f"r{n}", "prompt": "x", "n": n} for n in range(SAMPLE_ROWS + 3)]
-    rows[-2]["n"] = 2**63
-    *_, before, huge, behind = source_of(write_rows(tmp_path / "in.jsonl", rows)).rows()
-    assert isinstance(before, Row) and isinstance(behind, Row)
-    assert isinstance(huge, FailedRow)
-    assert (huge.key.row_id, huge.code) == (f"r{SAMPLE_ROWS + 1}", ErrorCode.WRONG_TYPE)
-    assert huge.message == "column 'n' is int64 in the first rows, here it is an int out of range"
+@pytest.mark.parametrize(
+    ("usual", "odd", "carried_odd"),
+    [(7, 2**63, None), (7, 2**70, None), (7, "seven", None), (0.5, "half", None), (True, 1, None), ("a", 42, "42")],
+)
+@pytest.mark.parametrize("place", [0, 1, SAMPLE_ROWS + 1])
+def test_one_odd_value_changes_no_other_rows_cell(
+    tmp_path: Path, usual: Any, odd: Any, carried_odd: Any, place: int
+) -> None:
+    rows = [{"id": f"r{n}", "prompt": "x", "n": usual} for n in range(SAMPLE_ROWS + 3)]
+    rows[place]["n"] = odd
+    source = source_of(write_rows(tmp_path / "in.jsonl", rows))
+    cells = [row.key.carried.batch["n"][row.key.carried.offset].as_py() for row in source.rows()]
+    assert cells == [usual] * place + [carried_odd] + [usual] * (len(rows) - place - 1)
+    assert type(cells[-1]) is type(usual)
 
 
 @pytest.mark.parametrize(
@@ -234,13 +241,22 @@ def test_a_number_out_of_range_fails_its_row_only(tmp_path: Path) -> None:
 def test_a_bad_id_fails_its_row(tmp_path: Path, value: Any, words: str) -> None:
     rows = [{"id": "a", "prompt": "x"}, {"id": value, "prompt": "y"}, {"prompt": "z"}]
     path = write_rows(tmp_path / "in.jsonl", rows)
-    good, bad, missing = source_of(path).rows()
+    good, bad, missing = source_of(path, id_column="id").rows()
     assert isinstance(good, Row)
     for row in (bad, missing):
         assert isinstance(row, FailedRow)
         assert row.code == ErrorCode.BAD_ID
     assert words in bad.message  # type: ignore[union-attr]
     assert (bad.key.row_id, missing.key.row_id) == ("in.jsonl:2", "in.jsonl:3")
+
+
+@pytest.mark.parametrize("value", [None, "", 1.5, True, ["a"], {"a": 1}, "a"])
+def test_ids_that_nobody_asked_for_fail_no_row(tmp_path: Path, value: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_rows(tmp_path / "in.jsonl", [{"id": i, "prompt": "x"} for i in ("a", value, value, 2.0)])
+    rows = list(source_of(path).rows())
+    assert all(isinstance(row, Row) for row in rows)
+    assert [row.key.row_id for row in rows] == ["a", "in.jsonl:2", "in.jsonl:3", "2"]
+    assert sum("write input.id_column: id to fail them" in warning for warning in caplog.messages) == 1
 
 
 def test_odd_ids_are_only_texts(tmp_path: Path) -> None:
@@ -252,7 +268,7 @@ def test_odd_ids_are_only_texts(tmp_path: Path) -> None:
 def test_a_later_row_of_an_id_fails_even_after_a_skipped_one(tmp_path: Path) -> None:
     rows = [{"id": i, "prompt": p} for i, p in (("a", 1), ("b", 2), ("a", 3), (7, 4), ("7", 5))]
     path = write_rows(tmp_path / "in.jsonl", [{**row, "prompt": str(row["prompt"])} for row in rows])
-    source = source_of(path)
+    source = source_of(path, id_column="id")
     assert prompts(list(source.rows())) == ["1", "2", ErrorCode.DUPLICATE_ID, "4", ErrorCode.DUPLICATE_ID]
     b, again, *_ = source.rows(skip={0, 3, 4})
     assert isinstance(again, FailedRow)

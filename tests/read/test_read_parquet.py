@@ -189,7 +189,7 @@ def test_row_groups_of_any_size_are_read_in_small_batches(tmp_path: Path, row_gr
 
 def test_skipped_rows_are_not_given_but_counted(tmp_path: Path) -> None:
     table = pa.table({"id": ["a", "b", "a"], "prompt": ["x", "y", "z"]})
-    source = source_of(written(tmp_path / "in.parquet", table))
+    source = source_of(written(tmp_path / "in.parquet", table), id_column="id")
     b, again = source.rows(skip={0})
     assert (b.key.index, again.key.index, source.rows_seen) == (1, 2, 3)
     assert isinstance(again, FailedRow)

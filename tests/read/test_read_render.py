@@ -172,7 +172,7 @@ class TestTemplate:
         assert (found, message) == (code, words)
 
     @pytest.mark.parametrize(
-        "template", ["{q.__class__}", "{q[0]}", "{q!r}", "{q:>10}", "{}", "{0}", "{q", "q}", "nothing"]
+        "template", ["{q.}", "{.q}", "{q[0]}", "{q!r}", "{q:>10}", "{}", "{0}", "{q", "q}", "nothing"]
     )
     def test_only_names_are_allowed(self, tokenizer: Tokenizer, template: str) -> None:
         with pytest.raises(JobError, match=r"^input\.template: "):

@@ -83,7 +83,7 @@ def test_bad_rows_fail_with_their_codes_and_stop_no_other(tmp_path: Path) -> Non
         {"id": "hot", "prompt": "hello", "options": {"temperature": -1}},
         {"id": "last", "prompt": "hello", "options": {"max_tokens": 2, "ignore_eos": True}},
     ]
-    job = job_of(tmp_path, rows, sampling={"column": "options"})
+    job = job_of(tmp_path, rows, input={"id_column": "id"}, sampling={"column": "options"})
     result = run_job(job, open_pipelines=open_fake)
     table = result.table()
     assert result.exit_code == 3
@@ -192,7 +192,8 @@ def test_an_empty_input_succeeds_with_no_rows(tmp_path: Path) -> None:
 
 
 def test_validate_lists_what_a_run_would_fail(tmp_path: Path) -> None:
-    job = job_of(tmp_path, [*good_rows(3), "{oops", {"id": "r0", "prompt": "again"}])
+    rows = [*good_rows(3), "{oops", {"id": "r0", "prompt": "again"}]
+    job = job_of(tmp_path, rows, input={"id_column": "id"})
     report = validate_job(load_job(job))
     assert (report["rows"], report["failed"]) == (5, 2)
     assert report["failed_by_code"] == {"invalid_json": 1, "duplicate_id": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,11 @@ from pyarrow import types
 from batchpipe.errors import InputError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.read.columns import RawBatch, Wanted, check_present
+from batchpipe.read.formats.promote import cast_batch
+from batchpipe.read.nested import root_of, type_at
 from batchpipe.types import ErrorCode
+
+logger = logging.getLogger(__name__)
 
 _TEXTS = (types.is_string, types.is_large_string, types.is_string_view)
 _LISTS = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
@@ -30,16 +35,31 @@ class ArrowColumns:
     def choose(cls, schema: pa.Schema, wanted: Wanted, where: str) -> ArrowColumns:
         """Raises InputError or JobError, naming the input `where`, if a column is missing or has an unusable type."""
         id_column = wanted.id_column(schema.names)
-        check_present(wanted.used(id_column), schema.names, where)
+        if id_column is not None and not wanted.names_id_column and not _can_be_id(schema.field(id_column).type):
+            kind = schema.field(id_column).type
+            logger.warning("input.id_column: column 'id' is %s, so ids are '<file name>:<row number>'", kind)
+            id_column = None
+        used = wanted.used(id_column)
+        check_once(schema, where)
+        check_present(used, schema.names, where)
+        for name in used:
+            if type_at(schema, name) is None:
+                kind = schema.field(root_of(name, schema.names)).type
+                raise InputError(f"{where} has no field {name!r}; its column is {kind}")
         _check_types(schema, wanted.spec, id_column, where)
         carried = [schema.field(name) for name in wanted.carried(schema.names)]
-        return cls(id_column, wanted.used(id_column), pa.schema(carried))
+        return cls(id_column, sorted({root_of(name, schema.names) for name in used}), pa.schema(carried))
 
     def raw_batch(self, batch: pa.RecordBatch, file_name: str, first_row: int) -> RawBatch:
         """Splits `batch` into the needed values, as Python objects, and the carried columns."""
         rows, faults = _python_rows(batch.select(self.needed))
-        carried = batch.select(self.carried_schema.names).cast(self.carried_schema)
-        return RawBatch(file_name, first_row, rows, carried, faults)
+        return RawBatch(file_name, first_row, rows, cast_batch(batch, self.carried_schema), faults)
+
+
+def check_once(schema: pa.Schema, where: str) -> None:
+    """Raises InputError if two columns share a name."""
+    if duplicates := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise InputError(f"{where} has more than one column {duplicates[0]!r}")
 
 
 def _python_rows(batch: pa.RecordBatch) -> tuple[list[dict[str, Any]], dict[int, RowError]]:
@@ -61,19 +81,16 @@ def _python_rows(batch: pa.RecordBatch) -> tuple[list[dict[str, Any]], dict[int,
 
 
 def _check_types(schema: pa.Schema, spec: InputSpec, id_column: str | None, where: str) -> None:
-    """Raises InputError if two columns share a name, or a column has a type that no row of it could be used with."""
-    duplicates = sorted({name for name in schema.names if schema.names.count(name) > 1})
-    if duplicates:
-        raise InputError(f"{where} has more than one column {duplicates[0]!r}")
+    """Raises InputError if a column has a type that no row of it could be used with."""
     roles = {"id_column": id_column}
     if spec.messages_column is not None:
         roles["messages_column"] = spec.messages_column
     elif spec.template is None:
         roles["prompt_column"] = spec.prompt_column
     for key, name in roles.items():
-        if name is None or name not in schema.names:
+        if name is None or root_of(name, schema.names) not in schema.names:
             continue
-        arrow_type = schema.field(name).type
+        arrow_type = type_at(schema, name)
         accepts, wanted = _ACCEPTED[key]
         if not (accepts(arrow_type) or types.is_null(arrow_type)):
             raise InputError(f"input.{key}: column {name!r} of {where} is {arrow_type}; it must be {wanted}")
@@ -89,6 +106,10 @@ def _is_list_of(arrow_type: pa.DataType, is_item: Callable[[pa.DataType], bool])
     return any(is_kind(arrow_type) for is_kind in _LISTS) and is_item(arrow_type.value_type)
 
 
+def _can_be_id(kind: pa.DataType) -> bool:
+    return _is_text(kind) or types.is_integer(kind) or types.is_floating(kind)
+
+
 def _is_conversation(kind: pa.DataType) -> bool:
     is_struct_of_lists = types.is_struct(kind) and all(_is_list_of(field.type, lambda _: True) for field in kind)
     is_list = _is_list_of(kind, lambda item: types.is_struct(item) or types.is_map(item))
@@ -96,7 +117,7 @@ def _is_conversation(kind: pa.DataType) -> bool:
 
 
 _ACCEPTED: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
-    "id_column": (lambda kind: _is_text(kind) or types.is_integer(kind), "text or whole numbers"),
+    "id_column": (_can_be_id, "text or whole numbers"),
     "messages_column": (_is_conversation, "a list of {role, content}, or that as JSON text"),
     "prompt_column": (
         lambda kind: _is_text(kind) or _is_list_of(kind, types.is_integer),

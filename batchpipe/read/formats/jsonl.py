@@ -7,6 +7,7 @@ the line fails if the key is the id's or one that prompts need, else the last va
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 
 import pyarrow as pa
@@ -17,8 +18,11 @@ from batchpipe.read.columns import RawBatch, Wanted, check_present
 from batchpipe.read.files import InputFile, file_names
 from batchpipe.read.formats.json_columns import infer_columns
 from batchpipe.read.formats.json_lines import JsonRow, LineFile, open_lines, parse_lines
+from batchpipe.read.nested import root_of
 
 SAMPLE_ROWS = 1_000
+
+logger = logging.getLogger(__name__)
 
 
 class JsonlReader:
@@ -36,10 +40,12 @@ class JsonlReader:
         sample = self._sample()
         available = list(dict.fromkeys(name for row in sample for name in row))
         self.id_column = wanted.id_column(available)
-        self._once = wanted.used(self.id_column)
+        used = wanted.used(self.id_column)
+        self._once = sorted({root_of(name, available) for name in used})
+        self._warned: set[str] = set()  # columns of which a value did not fit
         if sample:
             where = f"the input (first {len(sample):,} rows of {self._files[0][1]})"
-            check_present(self._once, available, where)
+            check_present(used, available, where)
         self._columns = infer_columns(sample, wanted.carried(available) if sample else [])
         self.carried_schema = pa.schema([(column.name, column.arrow_type) for column in self._columns])
 
@@ -57,7 +63,7 @@ class JsonlReader:
             with open_lines(file) as lines:
                 for rows, faults in self._parsed(lines, name, self._once):
                     self._consumed_bytes = finished_bytes + lines.stored_position_bytes
-                    yield RawBatch(name, first_row, rows, self._carry(rows, faults), faults)
+                    yield RawBatch(name, first_row, rows, self._carry(rows, name, first_row), faults)
                     first_row += len(rows)
             file.check_unchanged()
             finished_bytes += file.size_bytes
@@ -83,13 +89,20 @@ class JsonlReader:
                 yield rows, faults
             first_line += len(block)
 
-    def _carry(self, rows: Sequence[JsonRow], faults: dict[int, RowError]) -> pa.RecordBatch:
-        """The carried columns of `rows`. A value of another type than its column's becomes null and a fault."""
+    def _carry(self, rows: Sequence[JsonRow], file_name: str, first_row: int) -> pa.RecordBatch:
+        """The carried columns of `rows`. A value that does not fit its column's type is null, with one warning."""
         arrays = []
         for column in self._columns:
             array, misfits = column.array([row.get(column.name) for row in rows])
             arrays.append(array)
-            faults.update({position: fault for position, fault in misfits.items() if position not in faults})
+            if misfits and column.name not in self._warned:
+                self._warned.add(column.name)
+                position, kind = next(iter(misfits.items()))
+                logger.warning(
+                    "output.columns: %r is %s in most of the first rows, and %s in row %d of %s; such values are null "
+                    "in the output",
+                    *(column.name, column.arrow_type, kind, first_row + position, file_name),
+                )
         if not arrays:
             return pa.RecordBatch.from_struct_array(pa.array([{}] * len(rows), pa.struct([])))
         return pa.RecordBatch.from_arrays(arrays, schema=self.carried_schema)

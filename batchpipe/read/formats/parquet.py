@@ -5,7 +5,7 @@ Folder names such as `year=2026/month=3` (Hive partitions) are columns too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import unquote
 
@@ -16,7 +16,8 @@ import xxhash
 from batchpipe.errors import InputError
 from batchpipe.read.columns import BATCH_ROWS, RawBatch, Wanted
 from batchpipe.read.files import InputFile, file_names
-from batchpipe.read.formats.arrow import ArrowColumns
+from batchpipe.read.formats.arrow import ArrowColumns, check_once
+from batchpipe.read.formats.promote import promoted_schema
 
 _READ_BYTES = 1 << 20  # pages are read through a buffer of this size, so that a huge row group is never held whole
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # how Hive writes null in the name of a folder
@@ -30,16 +31,16 @@ class ParquetReader:
         self._partitions = HivePartitions(files)
         self._num_rows = 0
         self._rows_read = 0
-        schema = self._checked_schema(files[0])
+        schemas = [self._checked_schema(file) for file in files]
+        schema = promoted_schema(schemas, [file.path for file in files])
         self._columns = ArrowColumns.choose(schema, wanted, files[0].path)
         self.id_column = self._columns.id_column
         self.carried_schema = self._columns.carried_schema
         names = {*self._columns.needed, *self.carried_schema.names}
         self._stored = sorted(names - set(self._partitions.schema.names))
         exactly = wanted.carry == "all"
-        used = {name: schema.field(name).type for name in (schema.names if exactly else names)}
-        for file in files:
-            self._check_same(file, used, exactly, first=files[0])
+        for file, found in zip(files, schemas, strict=True):
+            _check_same(file, found.names, schema.names if exactly else names, exactly, first=files[0])
         self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(file.fingerprint(name) for file, name in self._files))
 
     @property
@@ -62,9 +63,12 @@ class ParquetReader:
             file.check_unchanged()
 
     def _checked_schema(self, file: InputFile) -> pa.Schema:
-        """The file's own columns, followed by those of its partition folders."""
+        """The file's own columns, followed by those of its partition folders; adds its rows to the count."""
         with _open_parquet(file) as parquet:
             schema = parquet.schema_arrow.remove_metadata()
+            self._num_rows += parquet.metadata.num_rows
+            _check_codecs(parquet.metadata, file)
+        check_once(schema, file.path)
         for column in self._partitions.schema:
             if column.name in schema.names:
                 raise InputError(
@@ -73,24 +77,17 @@ class ParquetReader:
             schema = schema.append(column)
         return schema
 
-    def _check_same(self, file: InputFile, used: Mapping[str, pa.DataType], exactly: bool, first: InputFile) -> None:
-        """Checks that `file` has the columns `used`, and with `exactly` no others; adds its rows to the count."""
-        schema = self._checked_schema(file)
-        missing = set(used) - set(schema.names)
-        extra = set(schema.names) - set(used) if exactly else set()
-        if missing or extra:
-            name = sorted(missing | extra)[0]
-            lacking, having = (file, first) if missing else (first, file)
-            raise InputError(f"input.path: column {name!r} is in {having.path}, but not in {lacking.path}")
-        for name, arrow_type in used.items():
-            if schema.field(name).type != arrow_type:
-                raise InputError(
-                    f"input.path: column {name!r} is {schema.field(name).type} in {file.path}, "
-                    f"but {arrow_type} in {first.path}"
-                )
-        with _open_parquet(file) as parquet:
-            self._num_rows += parquet.metadata.num_rows
-            _check_codecs(parquet.metadata, file)
+
+def _check_same(
+    file: InputFile, available: Collection[str], used: Collection[str], exactly: bool, first: InputFile
+) -> None:
+    """Checks that `file` has the columns `used`, and with `exactly` no others."""
+    missing = set(used) - set(available)
+    extra = set(available) - set(used) if exactly else set()
+    if missing or extra:
+        name = sorted(missing | extra)[0]
+        lacking, having = (file, first) if missing else (first, file)
+        raise InputError(f"input.path: column {name!r} is in {having.path}, but not in {lacking.path}")
 
 
 @contextmanager

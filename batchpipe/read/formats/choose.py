@@ -1,0 +1,53 @@
+"""The format of the input's files, by their names, and which files of a folder are not rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from batchpipe.errors import InputError
+from batchpipe.read.files import InputFile
+
+logger = logging.getLogger(__name__)
+
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+_NAMED_AT_MOST = 3  # files that a message lists
+
+
+def choose_format(files: Sequence[InputFile], format_name: str) -> tuple[list[InputFile], str]:
+    """The files with rows, and their format. `format_name` is input.format: a format, or auto.
+
+    A folder or pattern may take in files of other kinds, such as the README of a repository: they are left out, with
+    one line that names them, unless the job names the file itself. Raises InputError if the format cannot be told, or
+    the files have several.
+    """
+    kinds = {file.path: _format_of(file) for file in files}
+    wanted = {kind for kind in kinds.values() if kind is not None}
+    if format_name != "auto":
+        # A name that tells nothing is believed to have the job's format if no file has a name that tells it.
+        wanted = {format_name} if format_name in wanted else set()
+        if not wanted:
+            return list(files), format_name
+    kept = [file for file in files if file.named or kinds[file.path] in wanted]
+    if not kept or any(kinds[file.path] is None for file in kept if format_name == "auto"):
+        path = next(path for path, kind in kinds.items() if kind is None)
+        raise InputError(
+            f"input.path: the format of {path} cannot be told from its name (known: {', '.join(FORMATS)}); "
+            "set input.format, or name the input more narrowly"
+        )
+    if len(wanted) > 1:
+        examples = {kinds[file.path]: file.path for file in kept}
+        listed = ", ".join(f"{examples[kind]} is {kind}" for kind in sorted(wanted))
+        raise InputError(f"input.path: files of several formats ({listed}); read one, such as folder/*.parquet")
+    if left_out := [file.path for file in files if file not in kept]:
+        more = f" and {len(left_out) - _NAMED_AT_MOST} more" if len(left_out) > _NAMED_AT_MOST else ""
+        logger.warning(
+            "input.path: left out, as no rows by their names: %s%s", ", ".join(left_out[:_NAMED_AT_MOST]), more
+        )
+    return kept, next(iter(wanted))
+
+
+def _format_of(file: InputFile) -> str | None:
+    name = file.path.lower().removesuffix(".gz").removesuffix(".zst")
+    return FORMATS.get(PurePosixPath(name).suffix)
