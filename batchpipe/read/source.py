@@ -15,6 +15,7 @@ from batchpipe.read.duplicates import SeenIds
 from batchpipe.read.files import InputFile, find_files
 from batchpipe.read.formats.hub import HUB_SCHEME, is_saved_dataset, open_hub, open_saved
 from batchpipe.read.formats.jsonl import JsonlReader
+from batchpipe.read.formats.openai_batch import OpenAIBatchReader, holds_requests
 from batchpipe.read.formats.parquet import ParquetReader
 from batchpipe.types import Carried, ErrorCode, FailedRow, Row, RowKey
 
@@ -27,6 +28,7 @@ class Source:
 
     `fingerprint` is equal for a copy of the input and differs for a changed one; `carried_schema` holds the exact types
     of the carried columns. `rows_seen` counts the rows read, skipped ones included; once `rows` ends it is the total.
+    With `brings_requests` the rows are OpenAI's requests and bring their prompts and settings in columns of their own.
     """
 
     def __init__(self, reader: Reader, limit: int | None) -> None:
@@ -38,6 +40,7 @@ class Source:
         self._progress_before = 0.0
         self.carried_schema: pa.Schema = reader.carried_schema
         self.fingerprint: str = reader.fingerprint
+        self.brings_requests = isinstance(reader, OpenAIBatchReader)
 
     @property
     def progress(self) -> float:
@@ -93,12 +96,14 @@ class Source:
         for offset, was_seen in zip(given, seen_ids.add_batch([row_ids[o] for o in given]), strict=True):
             if was_seen:
                 message = f"the id {row_ids[offset]!r} belongs to an earlier row"
-                faults.setdefault(offset, RowError(ErrorCode.DUPLICATE_ID, message))
+                faults.setdefault(offset, RowError(batch.duplicate_code, message))
         return [row_id or _file_row(batch, offset) for offset, row_id in enumerate(row_ids)], faults
 
 
 def open_source(spec: InputSpec, *, carry: Carry, needed: frozenset[str], exclude: Path | None = None) -> Source:
     """The input of a job. `needed` are the columns that prompts and sampling use, `exclude` is the output folder.
+
+    OpenAI batch files do without `needed`.
 
     Raises InputError if the input cannot be read, JobError if a column to carry is missing.
     """
@@ -116,6 +121,8 @@ def _open_reader(wanted: Wanted, exclude: Path | None) -> Reader:
             return (open_hub if is_hub else open_saved)(path, wanted)
     files = find_files(paths, exclude)
     kind = spec.format if spec.format != "auto" else _common_format(files)
+    if kind == "openai-batch" or (spec.format == "auto" and kind == "jsonl" and holds_requests(files, spec)):
+        return OpenAIBatchReader(files, wanted)
     return (JsonlReader if kind == "jsonl" else ParquetReader)(files, wanted)
 
 
