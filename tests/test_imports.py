@@ -20,7 +20,7 @@ LADDER = (
     ("cost",),
     ("predict",),
     ("scheduler", "read", "write", "report"),
-    ("training",),
+    ("training", "export"),
     ("kv", "native"),
     ("attention", "sample"),
     ("model",),

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchpipe.errors import OutputError
+from batchpipe.export.parts import take_rows
 from batchpipe.write.folder import COMPLETIONS
 
 if TYPE_CHECKING:
@@ -51,10 +52,7 @@ class Result:
         # Without `partitioning=None` a folder named key=value in the path would become a column.
         table = pa.concat_tables(pq.read_table(part, partitioning=None) for part in parts)
         order = pc.sort_indices(table, [("row_index", "ascending"), ("sample_index", "ascending")])
-        try:
-            return table.take(order)
-        except pa.ArrowNotImplementedError:  # of string_view, of which Arrow can only join slices
-            return pa.concat_tables(table.slice(offset, 1) for offset in order.to_pylist()).combine_chunks()
+        return take_rows(table, order.to_numpy())
 
     def to_pandas(self) -> pd.DataFrame:
         return self.table().to_pandas()

@@ -1,0 +1,116 @@
+"""The committed completions of an output folder in the order of the input, a window of input rows at a time.
+
+Parts hold rows in the order in which they ended, so a window draws on a few parts near it. It is at least as large as
+the largest part: a part is read about twice, and memory holds one window and one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchpipe.errors import OutputError
+from batchpipe.write.commit import CommitLog
+from batchpipe.write.folder import COMPLETIONS, STATE
+from batchpipe.write.row_set import Int64Array, Range, to_ranges
+
+WINDOW_ROWS = 16_384
+_PYTHON_ROWS = 1_024  # turned into Python objects at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part's file, the number of its completions, and the input rows that they belong to."""
+
+    path: Path
+    num_rows: int
+    row_ranges: Sequence[Range]
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The committed parts of one output folder, at least one."""
+
+    parts: Sequence[Part]
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        return pq.read_schema(self.parts[0].path)
+
+    @property
+    def metadata(self) -> Mapping[bytes, bytes]:
+        """Of the parts' footers: the job's identity, the model."""
+        return self.schema.metadata or {}
+
+    def rows(self, window_rows: int = WINDOW_ROWS) -> Iterator[dict[str, Any]]:
+        """Every committed completion as Python values by column, in the order of the input, samples as neighbours."""
+        window_rows = max(window_rows, *(part.num_rows for part in self.parts))
+        for window, parts in sorted(self._by_window(window_rows).items()):
+            start = window * window_rows
+            table = pa.concat_tables([_rows_between(part, start, start + window_rows) for part in parts])
+            in_order = np.lexsort((np.asarray(table["sample_index"]), np.asarray(table["row_index"])))
+            for batch in take_rows(table, in_order).to_batches(max_chunksize=_PYTHON_ROWS):
+                yield from batch.to_pylist()
+
+    def _by_window(self, window_rows: int) -> dict[int, list[Part]]:
+        windows: dict[int, list[Part]] = {}
+        for part in self.parts:
+            touched = {
+                window
+                for first, last in part.row_ranges
+                for window in range(first // window_rows, last // window_rows + 1)
+            }
+            for window in touched:
+                windows.setdefault(window, []).append(part)
+        return windows
+
+
+def open_completions(folder: Path) -> Completions:
+    """What is committed right now, also while a run goes on. Raises OutputError if `folder` holds no completions."""
+    if not (folder / STATE / "identity.json").exists():
+        raise OutputError(f"{folder}: is no output folder of batchpipe (it has no {STATE}/identity.json).")
+    records, _ = CommitLog(folder / STATE / "commits.jsonl").read()
+    parts = [Part(folder / COMPLETIONS / record.name, record.num_rows, record.row_ranges) for record in records]
+    for part in parts:
+        if not part.path.exists():
+            raise OutputError(f"{part.path}: was committed and cannot be found; put it back.")
+    recorded = {part.path for part in parts}
+    # A run that was killed may have committed a part without recording it.
+    parts += [_described(path) for path in sorted(folder.glob(f"{COMPLETIONS}/part-*.parquet")) if path not in recorded]
+    if not parts:
+        raise OutputError(f"{folder}: holds no completions yet; run the job again to continue it.")
+    return Completions(parts)
+
+
+def take_rows(table: pa.Table, positions: Int64Array) -> pa.Table:
+    try:
+        return table.take(pa.array(positions))
+    except pa.ArrowNotImplementedError:  # of string_view, of which Arrow can only join slices
+        return pa.concat_tables(table.slice(position, 1) for position in positions.tolist()).combine_chunks()
+
+
+def _rows_between(part: Part, start: int, end: int) -> pa.Table:
+    table = _read(part.path)
+    row_indexes = np.asarray(table["row_index"])
+    inside = (start <= row_indexes) & (row_indexes < end)
+    return table if inside.all() else take_rows(table, np.flatnonzero(inside))
+
+
+def _described(path: Path) -> Part:
+    row_indexes = np.asarray(_read(path, ["row_index"])["row_index"])
+    return Part(path, len(row_indexes), to_ranges(np.unique(row_indexes)))
+
+
+def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read(columns)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{path}: cannot be read as a part of the completions: {error}") from error
