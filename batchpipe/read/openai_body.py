@@ -52,12 +52,17 @@ _OTHER_KEYS = {CHAT_URL: {"logprobs", "top_logprobs"}, COMPLETIONS_URL: {"logpro
 def row_values(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """{MESSAGES or PROMPT: ..., OVERRIDES: {...}} of a body for `url`, one of our two; settings are checked later.
 
-    Raises RowError: UNSUPPORTED_PARAMETER for a key that is unknown or asks for what we cannot do, MISSING_PROMPT,
-    WRONG_TYPE for several prompts in one request, INVALID_SAMPLING for keys that contradict each other.
+    Raises RowError: URL_MISMATCH for a body of the other url, UNSUPPORTED_PARAMETER for a key that is unknown or asks
+    for what we cannot do, MISSING_PROMPT, WRONG_TYPE for several prompts in one request, INVALID_SAMPLING for keys that
+    contradict each other.
     """
-    _check_keys(url, body)
     text_key = _TEXT_KEYS[url]
     text = body.get(text_key)
+    for other_url, other_key in _TEXT_KEYS.items():
+        if text is None and body.get(other_key) is not None:
+            message = f"url is {url}, and body.{other_key} is for {other_url}"
+            raise RowError(ErrorCode.URL_MISMATCH, message)
+    _check_keys(url, body)
     if text is None:
         raise RowError(ErrorCode.MISSING_PROMPT, f"body.{text_key} is missing or null")
     return {text_key: _one_prompt(text) if url == COMPLETIONS_URL else text, OVERRIDES: _overrides(url, body)}

@@ -117,6 +117,13 @@ def test_parameters_that_contradict_each_other(keys: dict[str, Any], words: str)
     assert words in error.message
 
 
+@pytest.mark.parametrize(("url", "key"), [(CHAT_URL, "prompt"), (COMPLETIONS_URL, "messages")])
+def test_a_body_of_the_other_url(url: str, key: str) -> None:
+    with pytest.raises(RowError, match=f"url is {url}, and body.{key} is for /v1/") as raised:
+        row_values(url, {"model": "m", key: TALK})
+    assert raised.value.code == ErrorCode.URL_MISMATCH
+
+
 def test_a_body_without_its_text() -> None:
     for url, words in ((CHAT_URL, "body.messages"), (COMPLETIONS_URL, "body.prompt")):
         with pytest.raises(RowError, match=f"{words} is missing or null") as raised:
