@@ -8,7 +8,7 @@ from typing import Any
 
 from batchpipe.errors import OutputError
 from batchpipe.export.files import write_lines
-from batchpipe.export.openai_lines import Answers
+from batchpipe.export.openai_lines import COLUMNS, Answers
 from batchpipe.export.parts import Completions, open_completions
 from batchpipe.export.plain_lines import csv_header, csv_lines, json_lines
 from batchpipe.job import load_job
@@ -39,9 +39,10 @@ def export_command(folder: Path, form: str, output: Path | None = None) -> dict[
     if form == "csv":
         header = csv_header(completions.schema.names)
         written = write_lines(csv_lines(completions.rows()), target, ".csv", header=header, replace=replace)
+    elif form == "jsonl":
+        written = write_lines(json_lines(completions.rows()), target, ".jsonl", replace=replace)
     else:
-        is_openai = form == "openai-batch"
-        lines = (_answers(folder, completions).lines if is_openai else json_lines)(completions.rows())
+        lines = _answers(folder, completions).lines(completions.rows(COLUMNS))
         written = write_lines(lines, target, ".jsonl", replace=replace)
     return {
         "path": str(folder),

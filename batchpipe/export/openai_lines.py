@@ -25,6 +25,14 @@ _OURS = {ErrorCode.INVALID_LOGITS, ErrorCode.KV_CAPACITY, RowStatus.CANCELED}
 
 _Row = Mapping[str, Any]  # of the completions table
 
+# What lines are made of; `url` and `body` are a request's, where they were carried.
+COLUMNS = frozenset(
+    [
+        *("row_id", "row_index", "sample_index", "status", "completion", "finish_reason", "error_code"),
+        *("error_message", "prompt_tokens", "completion_tokens", "logprobs", "url", "body"),
+    ]
+)
+
 
 @dataclass(frozen=True)
 class Answers:

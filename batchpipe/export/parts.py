@@ -6,7 +6,7 @@ the largest part: a part is read about twice, and memory holds one window and on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,15 +49,22 @@ class Completions:
         """Of the parts' footers: the job's identity, the model."""
         return self.schema.metadata or {}
 
-    def rows(self, window_rows: int = WINDOW_ROWS) -> Iterator[dict[str, Any]]:
-        """Every committed completion as Python values by column, in the order of the input, samples as neighbours."""
+    def rows(
+        self, columns: Collection[str] | None = None, *, window_rows: int = WINDOW_ROWS
+    ) -> Iterator[dict[str, Any]]:
+        """Every committed completion as Python values by column, in the order of the input, samples as neighbours.
+
+        columns: those to give, if they are there; None for all. Raises OutputError for a part that cannot be read and a
+        value that Python cannot hold.
+        """
+        names = self.schema.names if columns is None else [name for name in self.schema.names if name in columns]
         window_rows = max(window_rows, *(part.num_rows for part in self.parts))
         for window, parts in sorted(self._by_window(window_rows).items()):
             start = window * window_rows
             table = pa.concat_tables([_rows_between(part, start, start + window_rows) for part in parts])
             in_order = np.lexsort((np.asarray(table["sample_index"]), np.asarray(table["row_index"])))
-            for batch in take_rows(table, in_order).to_batches(max_chunksize=_PYTHON_ROWS):
-                yield from batch.to_pylist()
+            for batch in take_rows(table.select(names), in_order).to_batches(max_chunksize=_PYTHON_ROWS):
+                yield from _python_rows(batch)
 
     def _by_window(self, window_rows: int) -> dict[int, list[Part]]:
         windows: dict[int, list[Part]] = {}
@@ -94,6 +101,15 @@ def take_rows(table: pa.Table, positions: Int64Array) -> pa.Table:
         return table.take(pa.array(positions))
     except pa.ArrowNotImplementedError:  # of string_view, of which Arrow can only join slices
         return pa.concat_tables(table.slice(position, 1) for position in positions.tolist()).combine_chunks()
+
+
+def _python_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # such as a year beyond 9999, or text that is not UTF-8
+        reason = f"a value of a carried column cannot be written as text: {error}"
+        raise OutputError(f"{reason}; leave it to readers of the Parquet parts") from error
+    return rows
 
 
 def _rows_between(part: Part, start: int, end: int) -> pa.Table:

@@ -46,7 +46,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_every_row_comes_once_and_in_order(tmp_path: Path, window_rows: int, num_samples: int) -> None:
     write(tmp_path, nearly_sorted(400), num_samples=num_samples)
-    rows = list(open_completions(tmp_path).rows(window_rows))
+    rows = list(open_completions(tmp_path).rows(window_rows=window_rows))
     keys = [(row["row_index"], row["sample_index"]) for row in rows]
     assert keys == [(row, index) for row in range(400) for index in range(num_samples)]
     assert rows[5 * num_samples]["row_id"] == "row 5" and rows[5 * num_samples]["topic"] == "topic 5"
@@ -56,7 +56,7 @@ def test_a_part_is_read_as_often_as_windows_need_it(tmp_path: Path, monkeypatch:
     write(tmp_path, nearly_sorted(4_000), part_rows=100)
     reads = counted_reads(monkeypatch)
     completions = open_completions(tmp_path)
-    assert sum(1 for _ in completions.rows(500)) == 4_000
+    assert sum(1 for _ in completions.rows(window_rows=500)) == 4_000
     assert len(reads) <= 3 * len(completions.parts) == 120
 
 
@@ -94,6 +94,18 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     first.unlink()
     with pytest.raises(OutputError, match=r"part-00000\.parquet: was committed and cannot be found"):
         open_completions(tmp_path)
+
+
+def test_only_the_columns_asked_for_are_given_and_need_to_be_writable(tmp_path: Path) -> None:
+    batch = pa.RecordBatch.from_pydict({"when": pa.array([0, 10**12], pa.timestamp("s"))})
+    schema = completions_schema(batch.schema, with_logprobs=False)
+    with open_folder(tmp_path, schema=schema) as folder, CompletionWriter(folder, part_rows=2) as writer:
+        writer.write([Outcome(RowKey(i, str(i), Carried(batch, i)), 1, None, (sample(),)) for i in (0, 1)])
+    completions = open_completions(tmp_path)
+    rows = list(completions.rows({"row_id", "sample_index", "absent"}))
+    assert rows == [{"row_id": "0", "sample_index": 0}, {"row_id": "1", "sample_index": 0}]
+    with pytest.raises(OutputError, match="a carried column cannot be written as text"):
+        list(completions.rows())
 
 
 def test_views_can_be_taken(tmp_path: Path) -> None:
