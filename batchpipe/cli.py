@@ -174,6 +174,17 @@ def status(folder: str) -> None:
 
 
 @main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--format", "form", required=True, type=click.Choice(["openai-batch", "jsonl", "csv"]))
+@click.option("--output", type=_PATH, help="Folder for the two files; by default DIR/_export/FORMAT.")
+def export(folder: str, form: str, output: Path | None) -> None:
+    """Write the completions of DIR as results and errors, a file each, in the order of the input."""
+    from batchpipe.commands.export import export_command
+
+    click.echo(_json(export_command(folder, form, output)))
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of a job file."""
     from batchpipe.job import job_schema

@@ -51,6 +51,13 @@ class ErrorCode(StrEnum):
     INVALID_TOKEN = "invalid_token"
     INVALID_LOGITS = "invalid_logits"
     KV_CAPACITY = "kv_capacity"
+    # Of OpenAI batch files; the first is of a whole input
+    EMPTY_FILE = "empty_file"
+    INVALID_JSON_LINE = "invalid_json_line"
+    DUPLICATE_CUSTOM_ID = "duplicate_custom_id"
+    URL_MISMATCH = "url_mismatch"
+    MODEL_MISMATCH = "model_mismatch"
+    UNSUPPORTED_PARAMETER = "unsupported_parameter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Rows per second through all but the model: read, render, tokenise, plan, detokenise, commit. The last line is JSON.
 
-    python benchmarks/rows.py --rows 1000000 --format jsonl [--profile]
+    python benchmarks/rows.py --rows 1000000 --format jsonl [--export csv] [--profile]
 
 The pipeline is the fake one, which answers with one to a few tokens a row. Memory is the resident set, read each
-second.
+second. An export is timed apart, and its memory is what it adds at most.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchpipe.commands.export import export_command
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.fake import FakePipeline
 from batchpipe.placement.placement import Placement
@@ -39,6 +40,13 @@ def write_input(path: Path, num_rows: int) -> None:
         with path.open("w") as file:
             for index in range(num_rows):
                 file.write(json.dumps({"id": f"row-{index}", "prompt": prompt_of(index)}) + "\n")
+        return
+    if path.suffix == ".openai-batch":
+        with path.open("w") as file:
+            for index in range(num_rows):
+                body = {"model": "m", "messages": [{"role": "user", "content": prompt_of(index)}], "max_tokens": 4}
+                head = {"custom_id": f"row-{index}", "method": "POST", "url": "/v1/chat/completions"}
+                file.write(json.dumps({**head, "body": body}) + "\n")
         return
     schema = pa.schema([("id", pa.string()), ("prompt", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
@@ -78,7 +86,10 @@ class Memory(threading.Thread):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
+    parser.add_argument("--format", choices=("jsonl", "parquet", "openai-batch"), default="jsonl")
+    parser.add_argument(
+        "--export", choices=("openai-batch", "jsonl", "csv"), help="time an export of the output as well"
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--part-rows", type=int, default=50_000)
     parser.add_argument("--profile", action="store_true", help="print where the main thread's time goes")
@@ -88,7 +99,7 @@ def main() -> None:
         write_input(path, args.rows)
         job = {
             "model": {"name": args.model},
-            "input": {"path": str(path)},
+            "input": {"path": str(path), "format": args.format},
             "sampling": {"max_tokens": 4},
             "output": {"path": f"{folder}/output", "columns": "none", "part_rows": args.part_rows},
         }
@@ -99,6 +110,14 @@ def main() -> None:
             profiler.enable()
         result = run_job(job, open_pipelines=open_fake)
         profiler.disable()
+        exported: dict[str, float] = {}
+        if args.export:
+            ran_samples, started = len(memory.samples), time.monotonic()
+            before = psutil.Process().memory_info().rss
+            export_command(result.path, args.export)
+            exported["export_seconds"] = time.monotonic() - started
+            peak = max((rss for _, rss in memory.samples[ran_samples:]), default=before)
+            exported["export_adds_gigabytes"] = (peak - before) / 1e9
         memory.ended.set()
         if args.profile:
             pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
@@ -113,6 +132,7 @@ def main() -> None:
                     "planner_seconds": result.metrics["planner_seconds"],
                     "resident_gigabytes_after_first_tenth": max(tenth, default=0) / 1e9,
                     "resident_gigabytes_peak": max(rss for _, rss in memory.samples) / 1e9,
+                    **exported,
                 }
             )
         )

@@ -21,7 +21,7 @@ LADDER = (
     ("cost",),
     ("predict",),
     ("scheduler", "read", "write", "report"),
-    ("training",),
+    ("training", "export"),
     ("kv", "native"),
     ("attention", "sample"),
     ("model",),

@@ -30,7 +30,11 @@ class InputSpec(v.Section):
 
     path: Annotated[v.Paths, v.about("File, directory, glob, hf://, s3:// or gs:// address, or a list of these.")]
     format: Annotated[
-        Literal["auto", "jsonl", "parquet"], v.about("auto goes by the file's name; .gz and .zst are read too.")
+        Literal["auto", "jsonl", "parquet", "openai-batch"],
+        v.about(
+            "auto goes by the file's name, and takes JSON lines that are OpenAI's requests for openai-batch; .gz and "
+            ".zst are read too."
+        ),
     ] = "auto"
     id_column: Annotated[
         v.OptionalName, v.about("Column of row ids; null makes the id '<file name>:<row number>'.")
@@ -54,6 +58,21 @@ class InputSpec(v.Section):
         if self.template is not None and self.messages_column is not None:
             raise PydanticCustomError("related_keys", "template: is set beside messages_column; keep one of them")
         return self
+
+    @model_validator(mode="after")
+    def _requests_bring_prompts(self) -> InputSpec:
+        if self.format == "openai-batch" and (keys := self.keys_against_requests):
+            message = f"{keys[0]}: is set beside format: openai-batch, whose requests bring ids and prompts; remove it"
+            raise PydanticCustomError("related_keys", message)
+        return self
+
+    @property
+    def keys_against_requests(self) -> list[str]:
+        """The keys that read a line's id or prompt otherwise than as those of an OpenAI request."""
+        fields = type(self).model_fields
+        ours = {key: fields[key].default for key in ("prompt_column", "messages_column", "template")}
+        keys = [key for key, default in ours.items() if getattr(self, key) != default]
+        return keys if self.id_column in (fields["id_column"].default, "custom_id") else ["id_column", *keys]
 
 
 # The values of predict.method that are not the path of a file.

@@ -15,6 +15,7 @@ import pyarrow as pa
 from batchpipe.errors import InputError, JobError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.read.nested import root_of
+from batchpipe.types import ErrorCode
 
 BATCH_ROWS = 1_024
 DEFAULT_ID_COLUMN: str = InputSpec.model_fields["id_column"].default
@@ -27,7 +28,8 @@ class RawBatch:
     """Consecutive rows of one file. `first_row` is the number of the first in its file, from 1.
 
     `rows[i]` holds the needed values of row i ({} if it could not be parsed), `carried` has its carried columns at
-    offset i, and `faults[i]` exists if row i fails here, with the reason.
+    offset i, and `faults[i]` exists if row i fails here, with the reason. A row with an earlier row's id fails with
+    `duplicate_code`.
     """
 
     file_name: str
@@ -35,6 +37,7 @@ class RawBatch:
     rows: Sequence[Mapping[str, Any]]
     carried: pa.RecordBatch
     faults: Mapping[int, RowError] = field(default_factory=dict)
+    duplicate_code: ErrorCode = ErrorCode.DUPLICATE_ID
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from batchpipe.read.files import find_files
 from batchpipe.read.formats.choose import choose_format
 from batchpipe.read.formats.hub import HUB_SCHEME, is_saved_dataset, open_hub, open_saved
 from batchpipe.read.formats.jsonl import JsonlReader
+from batchpipe.read.formats.openai_batch import OpenAIBatchReader, holds_requests
 from batchpipe.read.formats.parquet import ParquetReader
 from batchpipe.types import Carried, ErrorCode, FailedRow, Row, RowKey
 
@@ -30,12 +31,14 @@ class Source:
 
     `fingerprint` is equal for a copy of the input and differs for a changed one; `carried_schema` holds the exact types
     of the carried columns. `rows_seen` counts the rows read, skipped ones included; once `rows` ends it is the total.
+    With `brings_requests` the rows are OpenAI's requests and bring their prompts and settings in columns of their own.
     """
 
     def __init__(self, reader: Reader, limit: int | None, *, needs_ids: bool = True) -> None:
         """needs_ids: whether a row with a wrong or repeated id fails; else it is named by its file and number."""
         self._reader = reader
-        self._needs_ids = needs_ids
+        self.brings_requests = isinstance(reader, OpenAIBatchReader)
+        self._needs_ids = needs_ids or self.brings_requests
         self._warned_of_ids = False
         self._limit = limit
         self.rows_seen = 0
@@ -98,7 +101,7 @@ class Source:
         for offset, was_seen in zip(given, seen_ids.add_batch([row_ids[o] for o in given]), strict=True):
             if was_seen:
                 message = f"the id {row_ids[offset]!r} belongs to an earlier row"
-                self._refuse_id(faults, offset, ErrorCode.DUPLICATE_ID, message)
+                self._refuse_id(faults, offset, batch.duplicate_code, message)
                 if not self._needs_ids:
                     row_ids[offset] = None
         return [row_id or _file_row(batch, offset) for offset, row_id in enumerate(row_ids)], faults
@@ -119,6 +122,8 @@ class Source:
 def open_source(spec: InputSpec, *, carry: Carry, needed: frozenset[str], exclude: Path | None = None) -> Source:
     """The input of a job. `needed` are the columns that prompts and sampling use, `exclude` is the output folder.
 
+    OpenAI batch files do without `needed`.
+
     Raises InputError if the input cannot be read, JobError if a column to carry is missing.
     """
     wanted = Wanted(spec, carry, needed)
@@ -135,6 +140,8 @@ def _open_reader(wanted: Wanted, exclude: Path | None) -> Reader:
                 raise InputError(f"input.path: {path} is a dataset; it can only be read alone")
             return (open_hub if is_hub else open_saved)(path, wanted)
     files, kind = choose_format(find_files(paths, exclude), spec.format)
+    if kind == "openai-batch" or (spec.format == "auto" and kind == "jsonl" and holds_requests(files, spec)):
+        return OpenAIBatchReader(files, wanted)
     return (JsonlReader if kind == "jsonl" else ParquetReader)(files, wanted)
 
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import yaml
 
 import batchpipe
-from batchpipe.job import Job
+from batchpipe.errors import JobError
+from batchpipe.job import Job, Sampling
 from batchpipe.job.identity import Identity, identity
 from batchpipe.model.describe import ModelInfo, describe_model
 from batchpipe.model.resolve import ResolvedModel, resolve_model
@@ -21,6 +22,8 @@ from batchpipe.placement.machine import this_machine
 from batchpipe.placement.placement import Placement, place
 from batchpipe.predict.base import LengthPredictor
 from batchpipe.predict.open import open_predictor
+from batchpipe.read.openai_body import OVERRIDES
+from batchpipe.read.openai_render import RequestRenderer
 from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.read.source import Source, open_source
 from batchpipe.read.tokenize import requests
@@ -55,14 +58,20 @@ class Prepared:
         return AUTO_SCHEDULE if schedule == "auto" else schedule
 
     @property
+    def sampling(self) -> Sampling:
+        """The job's settings. `column` names what overrides them in a row."""
+        sampling = self.job.sampling
+        return sampling.model_copy(update={"column": OVERRIDES}) if self.source.brings_requests else sampling
+
+    @property
     def predictor_is_trained(self) -> bool:
         return self.job.predict.method not in ("auto", "none", "quantile")
 
     def open_predictor(self) -> LengthPredictor | None:
         """A new one each time: it learns from the run that it is opened for. Raises JobError."""
         # A row's own settings may ask for more than the job's.
-        of_rows = self.job.sampling.column is not None
-        max_tokens = self.info.max_context_tokens if of_rows else self.job.sampling.max_tokens
+        of_rows = self.sampling.column is not None
+        max_tokens = self.info.max_context_tokens if of_rows else self.sampling.max_tokens
         return open_predictor(self.job.predict.method, self.tokenizer, min(max_tokens, self.info.max_context_tokens))
 
     @cached_property
@@ -79,7 +88,7 @@ class Prepared:
         return requests(
             self.source.rows(skip),
             self.renderer,
-            self.job.sampling,
+            self.sampling,
             max_context_tokens=self.info.max_context_tokens,
             vocabulary_size=self.info.vocabulary_size,
         )
@@ -103,7 +112,7 @@ class Prepared:
 
     def num_sequences(self) -> int | None:
         """All samples of all rows, where both are known beforehand."""
-        num_rows, sampling = self.source.num_rows(), self.job.sampling
+        num_rows, sampling = self.source.num_rows(), self.sampling
         return None if num_rows is None or sampling.column is not None else num_rows * sampling.n
 
     def estimated_rows(self) -> float:
@@ -127,7 +136,10 @@ def prepare(job: Job, *, device: str | None = None, needs_weights: bool = True) 
         needed=needed_columns(job.input, job.sampling.column),
         exclude=None if "://" in job.output.path else Path(job.output.path),
     )
-    with_logprobs = job.sampling.logprobs > 0 or job.sampling.column is not None
+    if source.brings_requests and job.sampling.column is not None:
+        raise JobError("sampling.column: the input's requests bring their own settings; remove it")
+    rows_choose = source.brings_requests or job.sampling.column is not None
+    with_logprobs = job.sampling.logprobs > 0 or rows_choose
     schema = completions_schema(source.carried_schema, with_logprobs)
     model = resolve_model(job.model, needs_weights=needs_weights)
     trusted = job.model.trust_remote_code
@@ -140,4 +152,5 @@ def prepare(job: Job, *, device: str | None = None, needs_weights: bool = True) 
         needs_weights=needs_weights,
     )
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
-    return Prepared(job, source, schema, model, info, tokenizer, Renderer(job.input, tokenizer))
+    renderer = (RequestRenderer if source.brings_requests else Renderer)(job.input, tokenizer)
+    return Prepared(job, source, schema, model, info, tokenizer, renderer)

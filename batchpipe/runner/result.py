@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchpipe.errors import OutputError
+from batchpipe.export.parts import take_rows
 from batchpipe.write.folder import part_names
 from batchpipe.write.place import Place
 
@@ -40,8 +41,8 @@ class Result:
     exit_code: int
 
     @property
-    def path(self) -> Path | str:
-        """The output folder; its address if it lies in an object store."""
+    def path(self) -> Any:
+        """The output folder as a Path; its address as text if it lies in an object store."""
         return Path(self.place.base) if self.place.is_local else self.place.address
 
     @property
@@ -56,10 +57,7 @@ class Result:
             raise OutputError(f"{self.path}: holds no completions yet; run the job again to continue it.")
         table = pa.concat_tables(pq.read_table(self.place.open(name)) for name in parts)
         order = pc.sort_indices(table, [("row_index", "ascending"), ("sample_index", "ascending")])
-        try:
-            return table.take(order)
-        except pa.ArrowNotImplementedError:  # of string_view, of which Arrow can only join slices
-            return pa.concat_tables(table.slice(offset, 1) for offset in order.to_pylist()).combine_chunks()
+        return take_rows(table, order.to_numpy())
 
     def to_pandas(self) -> pd.DataFrame:
         return self.table().to_pandas()

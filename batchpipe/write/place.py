@@ -82,6 +82,11 @@ class Place:
             info = self.filesystem.get_file_info(f"{self.base}/{name}")
         return info.size if info.type == fs.FileType.File else None
 
+    def modified_seconds(self, name: str) -> int:
+        """When a file was written, in seconds since 1970; 0 if there is none."""
+        with _storing(self / name):
+            return int((self.filesystem.get_file_info(f"{self.base}/{name}").mtime_ns or 0) // 10**9)
+
     def sizes_bytes(self, folder: str = "") -> dict[str, int]:
         """The files that lie directly in `folder`, by name, with their sizes; {} if there is no such folder."""
         selector = fs.FileSelector(f"{self.base}/{folder}".rstrip("/"), allow_not_found=True)

@@ -26,7 +26,7 @@ def choose_format(files: Sequence[InputFile], format_name: str) -> tuple[list[In
     wanted = {kind for kind in kinds.values() if kind is not None}
     if format_name != "auto":
         # A name that tells nothing is believed to have the job's format if no file has a name that tells it.
-        wanted = {format_name} if format_name in wanted else set()
+        wanted &= {"jsonl" if format_name == "openai-batch" else format_name}
         if not wanted:
             return list(files), format_name
     kept = [file for file in files if file.named or kinds[file.path] in wanted]
@@ -45,7 +45,7 @@ def choose_format(files: Sequence[InputFile], format_name: str) -> tuple[list[In
         logger.warning(
             "input.path: left out, as no rows by their names: %s%s", ", ".join(left_out[:_NAMED_AT_MOST]), more
         )
-    return kept, next(iter(wanted))
+    return kept, next(iter(wanted)) if format_name == "auto" else format_name
 
 
 def _format_of(file: InputFile) -> str | None:
