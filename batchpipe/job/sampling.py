@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -37,6 +37,13 @@ class Sampling(v.Section):
         v.Seed, v.about("A row's stream follows from (seed, row id, sample index): batch order never matters.")
     ] = 0
     logprobs: Annotated[v.LogprobCount, v.about("Likeliest tokens to report at each place; 0 is off.")] = 0
+    defaults: Annotated[
+        Literal["job", "model"],
+        v.about(
+            "model takes keys that the job does not set from the model's generation_config.json; job names what that "
+            "file asks for and does without."
+        ),
+    ] = "job"
     column: Annotated[
         v.OptionalName, v.about("Column with a struct or JSON object that overrides these settings for its row.")
     ] = None
@@ -71,4 +78,4 @@ class Sampling(v.Section):
         return SamplingParams(**{key: self.__dict__[key] for key in _ROW_KEYS})
 
 
-_ROW_KEYS = tuple(key for key in Sampling.model_fields if key != "column")
+_ROW_KEYS = tuple(key for key in Sampling.model_fields if key not in ("column", "defaults"))

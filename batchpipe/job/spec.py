@@ -22,6 +22,9 @@ class ModelSpec(v.Section):
     dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], v.about("Type that the model computes in.")] = (
         "auto"
     )
+    max_context_tokens: Annotated[
+        v.OptionalCount, v.about("Longest prompt and completion together; null goes by the model's files.")
+    ] = None
     trust_remote_code: Annotated[v.Flag, v.about("Run Python code that comes with the model.")] = False
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from batchpipe.errors import ModelError
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _SAMPLE_BYTES = 1 << 20
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_RUNNING_QUANTIZATIONS = {"mxfp4"}  # transformers unpacks it on loading
 # What shapes the output besides the weights.
 _SETTINGS = (
     "config.json",
@@ -42,7 +47,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, all of them there. Raises ModelError."""
     if (folder / _INDEX).is_file():
-        names = sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))
+        weight_map = read_json(folder / _INDEX).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"model.name: weight_map of {folder / _INDEX} does not map tensors to files")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(
@@ -65,14 +73,64 @@ def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pth"))
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, by name. Raises ModelError on a file that is missing, cut short or damaged."""
-    shapes: dict[str, tuple[int, ...]] = {}
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the checkpoint as stored; `dtype` is safetensors' name of its type, such as BF16."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor by name. Raises ModelError on a file that is missing, cut short or damaged."""
+    tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         for name, entry in _read_header(path).items():
             if name != "__metadata__":
-                shapes[name] = tuple(entry["shape"])
+                tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]))
+    return tensors
+
+
+def stored_dtype(tensors: Mapping[str, Tensor]) -> str | None:
+    """The type of most numbers of the checkpoint, as torch names it; None if they are packed or of no such type."""
+    num_elements: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in _DTYPES:
+            num_elements[_DTYPES[tensor.dtype]] += prod(tensor.shape)
+    return num_elements.most_common(1)[0][0] if num_elements else None
+
+
+def unpacked_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors as they are computed with.
+
+    MXFP4 stores a tensor X as `X_blocks`, two numbers a byte in its last two dimensions, and `X_scales`.
+    """
+    shapes = {}
+    for name, tensor in tensors.items():
+        whole = name.removesuffix("_blocks")
+        if whole != name and f"{whole}_scales" in tensors:
+            *outer, num_blocks, block_bytes = tensor.shape
+            shapes[whole] = (*outer, num_blocks * block_bytes * 2)
+        elif f"{name.removesuffix('_scales')}_blocks" not in tensors:
+            shapes[name] = tensor.shape
     return shapes
+
+
+def check_is_plain_model(folder: Path) -> None:
+    """Raises ModelError, with what to do, for a folder that holds an adapter, or weights in a form that cannot run."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        raise ModelError(
+            f"model.name: {folder} holds an adapter of {base}; merge it (peft: PeftModel.from_pretrained(model, folder)"
+            ".merge_and_unload().save_pretrained(...)) and name the merged model"
+        )
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is not None and method not in _RUNNING_QUANTIZATIONS:
+        raise ModelError(
+            f"model.name: the weights of {folder} are quantised ({method}), which cannot run; name the model that they "
+            "were made from, or a .gguf file of it"
+        )
 
 
 def _read_header(path: Path) -> dict[str, Any]:

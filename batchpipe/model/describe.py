@@ -12,7 +12,16 @@ from batchpipe.cost.model_shape import ModelShape
 from batchpipe.errors import ModelError
 from batchpipe.kv.layout import ITEM_BYTES
 from batchpipe.model.architectures import check_supported
-from batchpipe.model.checkpoint import has_weights, read_json, read_shapes
+from batchpipe.model.checkpoint import (
+    check_is_plain_model,
+    has_weights,
+    read_json,
+    read_tensors,
+    stored_dtype,
+    unpacked_shapes,
+)
+from batchpipe.model.context import max_context_tokens
+from batchpipe.model.generation_config import end_token_ids
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -42,24 +51,29 @@ def describe_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     needs_weights: bool = True,
+    context_tokens: int | None = None,
 ) -> ModelInfo:
     """Reads config.json, the tokenizer's size and the weight files' headers.
 
     name: what the job calls the model; the folder's name where it is None.
     needs_weights: if false and the folder has no weight files, sizes are those of the model that config.json makes.
-    dtype: auto (the checkpoint's own), bfloat16, float16 or float32. Raises ModelError where the folder is
-    incomplete, damaged, or holds a model that cannot run.
+    dtype: auto (that of the weights), bfloat16, float16 or float32.
+    context_tokens: the longest context if the job sets it; see `batchpipe.model.context`.
+
+    Raises ModelError where the folder is incomplete, damaged, or holds a model that cannot run.
     """
+    check_is_plain_model(folder)
     check_supported(read_json(folder / "config.json"), trust_remote_code=trust_remote_code)
     config = _load_config(folder, trust_remote_code)
     if needs_weights or has_weights(folder):
-        shapes = read_shapes(folder)
+        tensors = read_tensors(folder)
+        shapes, stored = unpacked_shapes(tensors), stored_dtype(tensors)
     else:
         from batchpipe.model.from_config import tensor_shapes
 
-        shapes = tensor_shapes(folder, config, trust_remote_code)
+        shapes, stored = tensor_shapes(folder, config, trust_remote_code), None
     _check_vocabulary(folder, config.vocab_size)
-    dtype = _resolve_dtype(dtype, config, device)
+    dtype = _resolve_dtype(dtype, stored or str(config.dtype or "float32").removeprefix("torch."), device)
     layer_elements, layer_active_elements, other_elements = _count_elements(shapes, config)
     item_bytes = ITEM_BYTES[dtype]
     return ModelInfo(
@@ -74,8 +88,8 @@ def describe_model(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         hidden_size=config.hidden_size,
         vocabulary_size=config.vocab_size,
-        max_context_tokens=_max_context_tokens(config),
-        eos_token_ids=_eos_token_ids(folder, config),
+        max_context_tokens=max_context_tokens(config, context_tokens),
+        eos_token_ids=end_token_ids(folder, config.eos_token_id),
         layer_flops=tuple(2.0 * elements for elements in layer_active_elements),
         layer_weight_bytes=tuple(elements * item_bytes for elements in layer_elements),
         other_weight_bytes=other_elements * item_bytes,
@@ -91,54 +105,27 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
         raise ModelError(f"model.name: {folder / 'config.json'} is not understood: {error}") from error
 
 
-def _resolve_dtype(dtype: str, config: Any, device: str) -> str:
+def _resolve_dtype(dtype: str, stored: str, device: str) -> str:
     if dtype != "auto":
         return dtype
-    stored = str(config.dtype or "float32").removeprefix("torch.")
     # Processors have fast products in bfloat16, and none in float16.
     if stored not in ITEM_BYTES or (stored == "float16" and device == "cpu"):
         return "bfloat16"
     return stored
 
 
-def _max_context_tokens(config: Any) -> int:
-    """The longest context in which a token's rotary angles depend on its own position alone.
-
-    `longrope` and `dynamic` change the angles of every token once one passes the trained length, so rows of a
-    batch would touch each other there: these models are held to that length, where they are exact.
-    """
-    limit: int = config.max_position_embeddings
-    parameters = getattr(config, "rope_parameters", None) or {}
-    # Models with two kinds of layers have one set of parameters for each.
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    for rope in nested or [parameters]:
-        trained = rope.get("original_max_position_embeddings") or limit
-        if rope.get("rope_type") == "longrope":
-            limit = min(limit, trained)
-        elif rope.get("rope_type") == "yarn":
-            limit = max(limit, int(trained * rope["factor"]))
-    return limit
-
-
-def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
-    """Where `transformers.generate` would stop: generation_config.json decides where it names any."""
-    path = folder / "generation_config.json"
-    stated = read_json(path).get("eos_token_id") if path.is_file() else None
-    token_ids = config.eos_token_id if stated is None else stated
-    if token_ids is None:
-        return ()
-    return tuple(token_ids) if isinstance(token_ids, list) else (token_ids,)
-
-
 def _check_vocabulary(folder: Path, vocabulary_size: int) -> None:
-    """A tokenizer may be smaller than the embedding (which is often padded), never larger."""
+    """A tokenizer may be smaller than the embedding, which is often padded, and larger by tokens that were added.
+
+    A row with such a token fails alone; a larger tokenizer of another kind is another model's.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
     from tokenizers import Tokenizer
 
     try:
-        largest_id = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=-1)
+        largest_id = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=False).values(), default=-1)
     except Exception as error:  # tokenizers raises nothing narrower
         raise ModelError(f"model.name: {path} cannot be read: {error}") from error
     if largest_id >= vocabulary_size:

@@ -10,7 +10,7 @@ from pathlib import Path
 from batchpipe.errors import ModelError
 from batchpipe.job.shipped import ModelAlias, find_alias, shipped_files
 from batchpipe.job.spec import ModelSpec
-from batchpipe.model.checkpoint import fingerprint_folder, read_json
+from batchpipe.model.checkpoint import check_is_plain_model, fingerprint_folder
 from batchpipe.model.gguf import convert_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -36,7 +36,7 @@ def resolve_model(spec: ModelSpec, *, needs_weights: bool = True) -> ResolvedMod
         return _from_gguf(_packaged_file(spec.name, alias), spec)
     path = Path(spec.name).expanduser()
     if path.is_dir():
-        read_json(path / "config.json")  # before a fingerprint of whatever else the folder holds
+        check_is_plain_model(path)  # before a fingerprint of whatever else the folder holds
         return ResolvedModel(path.resolve(), fingerprint_folder(path, needs_weights=needs_weights), spec.name)
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path.resolve(), spec)

@@ -28,6 +28,11 @@ class Tokenizer:
         return bool(self._backend.chat_template)
 
     @property
+    def end_token(self) -> tuple[int | None, str | None]:
+        """Id and text of the token that the tokenizer's files name as the end; None where they name none."""
+        return self._backend.eos_token_id, self._backend.eos_token
+
+    @property
     def special_tokens(self) -> list[str]:
         """The texts of the special tokens."""
         return list(self._backend.all_special_tokens)
@@ -102,4 +107,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
         return Tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
         reason = str(error).strip().split("\n")[0]
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            reason = (
+                "it has tokenizer.model and no tokenizer.json; install what reads it (pip install sentencepiece "
+                "protobuf tiktoken), or save a tokenizer.json beside it with "
+                f"AutoTokenizer.from_pretrained(...).save_pretrained(...) ({reason})"
+            )
         raise ModelError(f"model.name: the tokenizer of {folder} cannot be loaded: {reason}") from error

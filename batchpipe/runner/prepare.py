@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from batchpipe.errors import JobError
 from batchpipe.job import Job, Sampling
 from batchpipe.job.identity import Identity, identity
 from batchpipe.model.describe import ModelInfo, describe_model
+from batchpipe.model.generation_config import job_sampling, with_tokenizers_end
 from batchpipe.model.resolve import ResolvedModel, resolve_model
 from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
 from batchpipe.placement.devices import resolve_device
@@ -150,7 +151,11 @@ def prepare(job: Job, *, device: str | None = None, needs_weights: bool = True) 
         device=device or resolve_device(job.engine),
         trust_remote_code=trusted,
         needs_weights=needs_weights,
+        context_tokens=job.model.max_context_tokens,
     )
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
+    ends = with_tokenizers_end(info.eos_token_ids, *tokenizer.end_token)
+    info = replace(info, eos_token_ids=tuple(token_id for token_id in ends if token_id < info.vocabulary_size))
+    job = job.model_copy(update={"sampling": job_sampling(job.sampling, model.folder)})
     renderer = (RequestRenderer if source.brings_requests else Renderer)(job.input, tokenizer)
     return Prepared(job, source, schema, model, info, tokenizer, renderer)

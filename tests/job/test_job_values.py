@@ -162,8 +162,8 @@ def test_every_key_is_explained_in_the_schema() -> None:
             assert "description" in described or "$ref" in described, key
 
 
-def test_every_key_that_a_row_cannot_override_is_column() -> None:
-    assert set(Sampling.model_fields) - set(Sampling().params().__slots__) == {"column"}
+def test_the_keys_that_a_row_cannot_override() -> None:
+    assert set(Sampling.model_fields) - set(Sampling().params().__slots__) == {"column", "defaults"}
 
 
 def test_key_paths_reach_into_sections() -> None:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from batchpipe.errors import ModelError
+from batchpipe.errors import JobError, ModelError
+from batchpipe.job.spec import ModelSpec
 from batchpipe.model.architectures import SUPPORTED
+from batchpipe.model.checkpoint import Tensor, stored_dtype, unpacked_shapes
 from batchpipe.model.describe import describe_model
+from batchpipe.model.resolve import resolve_model
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 LLAMA_70B = Path(__file__).parents[2] / "benchmarks" / "models" / "Llama-2-70B"
@@ -99,7 +104,12 @@ def test_costs_count_the_experts_that_a_token_visits() -> None:
     ],
 )
 def test_dtype(folder: Path, stored: str, asked: str, device: str, expected: str) -> None:
-    change_config(folder, dtype=stored)
+    """The weights say in which type they are, whatever config.json says."""
+    tensors = {
+        name: tensor.to(getattr(torch, stored)) for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, dtype="float64")
     assert describe_model(folder, asked, device=device).dtype == expected
 
 
@@ -108,12 +118,32 @@ def test_dtype(folder: Path, stored: str, asked: str, device: str, expected: str
     [
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
         ({"rope_type": "dynamic", "factor": 4.0}, 256),
-        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 1024),
     ],
 )
 def test_longest_context(folder: Path, rope: dict[str, Any], expected: int) -> None:
     change_config(folder, rope_parameters={"rope_theta": 10000.0, **rope})
     assert describe_model(folder).max_context_tokens == expected
+
+
+def test_the_job_may_set_the_longest_context(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert describe_model(folder, context_tokens=100).max_context_tokens == 100
+    assert not caplog.messages
+    assert describe_model(folder, context_tokens=300).max_context_tokens == 300
+    assert caplog.messages == [
+        "model.max_context_tokens: 300 is more than the 256 tokens that the model names; longer rows may be poor"
+    ]
+    change_config(folder, rope_parameters={"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0})
+    with pytest.raises(JobError, match="300 is more than 256, beyond which the model's dynamic scaling"):
+        describe_model(folder, context_tokens=300)
+
+
+def test_scaling_of_each_kind_of_layer_names_the_length_after_it(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model("gemma3"), tmp_path / "model"))
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+    change_config(folder, rope_parameters={"sliding_attention": plain, "full_attention": linear})
+    assert describe_model(folder).max_context_tokens == 256
 
 
 def test_longrope_is_held_to_the_trained_length(tmp_path: Path) -> None:
@@ -229,6 +259,48 @@ def test_a_damaged_file_is_named(folder: Path, name: str, text: str, message: st
     (folder / name).write_text(text)
     with pytest.raises(ModelError, match=rf"^model\.name: .*{message}"):
         describe_model(folder)
+
+
+def test_a_tokenizer_may_have_added_tokens_beyond_the_embedding(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 336, "content": "<image>"})
+    path.write_text(json.dumps(tokenizer))
+    assert describe_model(folder).vocabulary_size == 336
+
+
+def test_packed_experts_have_the_size_of_their_numbers() -> None:
+    packed = {
+        "e.gate_blocks": Tensor("U8", (4, 96, 2, 16)),  # experts, outputs, blocks of 32 numbers, bytes
+        "e.gate_scales": Tensor("U8", (4, 96, 2)),
+        "e.gate_bias": Tensor("BF16", (4, 96)),
+        "own_scales": Tensor("F32", (7,)),
+    }
+    assert unpacked_shapes(packed) == {"e.gate": (4, 96, 64), "e.gate_bias": (4, 96), "own_scales": (7,)}
+    assert stored_dtype(packed) == "bfloat16"
+    assert stored_dtype({"w": Tensor("U8", (4,))}) is None
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_quantised_weights_are_refused_with_what_to_do(folder: Path, method: str) -> None:
+    change_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ModelError, match=rf"are quantised \({method}\), which cannot run; name the model"):
+        describe_model(folder)
+
+
+def test_an_adapter_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="holds an adapter of org/base; merge it"):
+        resolve_model(ModelSpec(name=str(tmp_path)))
+
+
+def test_an_index_must_map_tensors_to_files(folder: Path) -> None:
+    wrong: tuple[object, ...] = ([], {"w": 1})
+    for weight_map in wrong:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ModelError, match="weight_map of .* does not map tensors to files"):
+            describe_model(folder)
 
 
 def test_a_tokenizer_of_another_model(folder: Path) -> None:
