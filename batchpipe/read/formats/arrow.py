@@ -12,6 +12,7 @@ from pyarrow import types
 from batchpipe.errors import InputError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.read.columns import RawBatch, Wanted, check_present
+from batchpipe.read.nulls import without_nulls
 from batchpipe.types import ErrorCode
 
 _TEXTS = (types.is_string, types.is_large_string, types.is_string_view)
@@ -37,7 +38,11 @@ class ArrowColumns:
 
     def raw_batch(self, batch: pa.RecordBatch, file_name: str, first_row: int) -> RawBatch:
         """Splits `batch` into the needed values, as Python objects, and the carried columns."""
-        rows, faults = _python_rows(batch.select(self.needed))
+        used = batch.select(self.needed)
+        rows, faults = _python_rows(used)
+        for name in (field.name for field in used.schema if _has_fields(field.type)):
+            for row in filter(None, rows):  # a row that cannot be read is empty
+                row[name] = without_nulls(row[name])
         carried = batch.select(self.carried_schema.names).cast(self.carried_schema)
         return RawBatch(file_name, first_row, rows, carried, faults)
 
@@ -87,6 +92,13 @@ def _is_text(arrow_type: pa.DataType) -> bool:
 
 def _is_list_of(arrow_type: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
     return any(is_kind(arrow_type) for is_kind in _LISTS) and is_item(arrow_type.value_type)
+
+
+def _has_fields(arrow_type: pa.DataType) -> bool:
+    """Whether structs or maps stand in a column at any depth."""
+    if any(is_kind(arrow_type) for is_kind in _LISTS):
+        return _has_fields(arrow_type.value_type)
+    return bool(types.is_struct(arrow_type) or types.is_map(arrow_type))
 
 
 def _is_conversation(kind: pa.DataType) -> bool:
