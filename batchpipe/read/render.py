@@ -16,9 +16,10 @@ import jinja2
 from batchpipe.errors import JobError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.model.tokenizer import Tokenizer
-from batchpipe.read.content import COMMON_ROLES, Message, PromptTemplate, checked_messages
+from batchpipe.read.content import COMMON_ROLES, Message, checked_messages
 from batchpipe.read.frame import TextFrame, find_text_frame, find_token_frame
 from batchpipe.read.nested import value_at
+from batchpipe.read.prompt_template import PromptTemplate
 from batchpipe.types import ErrorCode
 
 # What a template raises if it cannot handle a row's data; any other exception is a mistake of ours.

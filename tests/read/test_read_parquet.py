@@ -218,8 +218,19 @@ def test_carried_columns_keep_values_and_exact_types(tmp_path: Path) -> None:
     ]
 
 
+def test_fields_of_other_structs_are_not_there_at_any_depth(tmp_path: Path) -> None:
+    tools = [{"name": "add", "parameters": {"a": {"type": "int"}}}, {"name": "say", "parameters": {"b": ["x", None]}}]
+    path = written(tmp_path / "structs.parquet", pa.table({"data": [tools, None]}))
+    rows = list(source_of(path, needed="data", template="{data}").rows())
+    assert [row.values["data"] for row in rows if isinstance(row, Row)] == [tools, None]
+    maps = pa.array([[("a", "1"), ("b", None)], None], pa.map_(pa.string(), pa.string()))
+    path = written(tmp_path / "maps.parquet", pa.table({"data": maps}))
+    rows = list(source_of(path, needed="data", template="{data}").rows())
+    assert [row.values["data"] for row in rows if isinstance(row, Row)] == [{"a": "1"}, None]
+
+
 def test_messages_may_have_null_content(tmp_path: Path) -> None:
-    messages = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}], None]
+    messages = [[{"role": "user", "content": "hi"}, {"role": "assistant"}], None]
     path = written(tmp_path / "in.parquet", pa.table({"chat": messages}))
     rows = list(source_of(path, needed="chat", messages_column="chat").rows())
     assert [row.values["chat"] for row in rows if isinstance(row, Row)] == messages

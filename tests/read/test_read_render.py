@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from batchpipe.errors import JobError, RowError
 from batchpipe.job.spec import InputSpec
 from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
-from batchpipe.read.content import checked_messages
 from batchpipe.read.frame import PROBES
 from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.types import ErrorCode
@@ -147,44 +146,13 @@ class TestPromptColumn:
                 renderer_of(plain, chat_template="none", **keys)
 
 
-class TestTemplate:
-    def render(self, tokenizer: Tokenizer, template: str, values: dict[str, Any]) -> Any:
-        return renderer_of(tokenizer, template=template, chat_template="none").render(values)
+def test_needed_columns() -> None:
+    def needed(sampling_column: str | None = None, **keys: Any) -> frozenset[str]:
+        return needed_columns(InputSpec.model_validate({"path": "x", **keys}), sampling_column)
 
-    def test_places_are_filled_and_braces_left(self, tokenizer: Tokenizer) -> None:
-        values = {"q": "{a} {{b}} {q.x}", "n": 1.5, "two words": True}
-        text = self.render(tokenizer, "{{json}}: {q}/{n}/{two words}\n", values)
-        assert text == "{json}: {a} {{b}} {q.x}/1.5/True\n"
-
-    @pytest.mark.parametrize(
-        ("values", "code", "words"),
-        [
-            ({}, ErrorCode.MISSING_PROMPT, "column 'q' of input.template is missing or null"),
-            ({"q": None}, ErrorCode.MISSING_PROMPT, "column 'q' of input.template is missing or null"),
-            ({"q": ["x"]}, ErrorCode.WRONG_TYPE, "column 'q' of input.template holds a list, not text"),
-            ({"q": ""}, ErrorCode.EMPTY_PROMPT, "the prompt is empty"),
-        ],
-    )
-    def test_what_cannot_be_filled_in(
-        self, tokenizer: Tokenizer, values: dict[str, Any], code: ErrorCode, words: str
-    ) -> None:
-        found, message = refused(renderer_of(tokenizer, template="{q}"), values)
-        assert (found, message) == (code, words)
-
-    @pytest.mark.parametrize(
-        "template", ["{q.}", "{.q}", "{q[0]}", "{q!r}", "{q:>10}", "{}", "{0}", "{q", "q}", "nothing"]
-    )
-    def test_only_names_are_allowed(self, tokenizer: Tokenizer, template: str) -> None:
-        with pytest.raises(JobError, match=r"^input\.template: "):
-            renderer_of(tokenizer, template=template)
-
-    def test_needed_columns(self) -> None:
-        def needed(sampling_column: str | None = None, **keys: Any) -> frozenset[str]:
-            return needed_columns(InputSpec.model_validate({"path": "x", **keys}), sampling_column)
-
-        assert needed() == {"prompt"}
-        assert needed(template="{a} {b} {a}") == {"a", "b"}
-        assert needed("s", messages_column="chat") == {"chat", "s"}
+    assert needed() == {"prompt"}
+    assert needed(template="{a} {b} {a}") == {"a", "b"}
+    assert needed("s", messages_column="chat") == {"chat", "s"}
 
 
 class TestMessages:
@@ -192,9 +160,9 @@ class TestMessages:
         ("value", "words"),
         [
             ([], "holds no messages"),
-            ("hi", "holds a str, not a list"),
+            ("hi", "not a list of {role, content}; write `prompt_column: chat` under `input` if it holds"),
             (["hi"], "message 1 is a str"),
-            ([{"content": "x"}], "message 1 has no role"),
+            ([{"content": "x"}], "message 1 has no role; it has 'content'"),
             ([{"role": "user"}], r"message 1 (user) has no content"),
             ([{"role": "user", "content": None}], r"message 1 (user) has no content"),
             ([{"role": "user", "content": 3}], "the content of message 1 is a int, not text"),
@@ -295,22 +263,3 @@ def test_a_template_that_refuses_some_texts_fails_their_rows_alone(tokenizer: To
     renderer = renderer_of(tokenizer, chat_template=custom(tmp_path, picky + "{% endfor %}"))
     assert renderer.render({"prompt": "hello"}) == "hello"
     assert refused(renderer, {"prompt": "a </b>"})[0] == ErrorCode.TEMPLATE_ERROR
-
-
-class TestToolCalls:
-    @staticmethod
-    def call(arguments: object, **more: object) -> list[dict[str, object]]:
-        function = {"name": "add", "arguments": arguments, **more}
-        return [{"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}]
-
-    @pytest.mark.parametrize(
-        ("given", "read"),
-        [('{"a": 1}', {"a": 1}), ({"a": 1, "b": None}, {"a": 1}), ("plain", "plain"), ("[1]", "[1]")],
-    )
-    def test_arguments_that_are_an_object_as_text_become_the_object(self, given: object, read: object) -> None:
-        [message] = checked_messages(self.call(given, strict=None), "chat")
-        assert message["tool_calls"][0]["function"] == {"name": "add", "arguments": read}
-
-    def test_calls_of_an_unknown_shape_are_kept(self) -> None:
-        [message] = checked_messages([{"role": "assistant", "content": "", "tool_calls": ["add", {"x": 1}]}], "chat")
-        assert message["tool_calls"] == ["add", {"x": 1}]

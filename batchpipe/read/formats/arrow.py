@@ -15,6 +15,7 @@ from batchpipe.job.spec import InputSpec
 from batchpipe.read.columns import RawBatch, Wanted, check_present
 from batchpipe.read.formats.promote import cast_batch
 from batchpipe.read.nested import root_of, type_at
+from batchpipe.read.nulls import without_nulls
 from batchpipe.types import ErrorCode
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,11 @@ class ArrowColumns:
 
     def raw_batch(self, batch: pa.RecordBatch, file_name: str, first_row: int) -> RawBatch:
         """Splits `batch` into the needed values, as Python objects, and the carried columns."""
-        rows, faults = _python_rows(batch.select(self.needed))
+        used = batch.select(self.needed)
+        rows, faults = _python_rows(used)
+        for name in (field.name for field in used.schema if _has_fields(field.type)):
+            for row in filter(None, rows):  # a row that cannot be read is empty
+                row[name] = without_nulls(row[name])
         return RawBatch(file_name, first_row, rows, cast_batch(batch, self.carried_schema), faults)
 
 
@@ -108,6 +113,13 @@ def _is_list_of(arrow_type: pa.DataType, is_item: Callable[[pa.DataType], bool])
 
 def _can_be_id(kind: pa.DataType) -> bool:
     return _is_text(kind) or types.is_integer(kind) or types.is_floating(kind)
+
+
+def _has_fields(arrow_type: pa.DataType) -> bool:
+    """Whether structs or maps stand in a column at any depth."""
+    if any(is_kind(arrow_type) for is_kind in _LISTS):
+        return _has_fields(arrow_type.value_type)
+    return bool(types.is_struct(arrow_type) or types.is_map(arrow_type))
 
 
 def _is_conversation(kind: pa.DataType) -> bool:
