@@ -80,6 +80,7 @@ class SamplingParams:
     n: int
     seed: int
     logprobs: int
+    keep_special_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,7 @@ class SampleOutcome:
     error_message: str | None
     completion_tokens: int | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,8 @@ def identity(job: Job, *, model_revision: str, dtype: str, input_fingerprint: st
     Raises JobError if the file of `input.chat_template` cannot be read.
     """
     sections = job.model_dump(mode="json", include={"model", "input", "sampling"}, exclude={"input": {"path"}})
-    sections["output"] = {"columns": job.model_dump(mode="json")["output"]["columns"]}
+    output = job.model_dump(mode="json")["output"]
+    sections["output"] = {key: output[key] for key in ("columns", "reasoning")}
     sections["model"] |= {"revision": model_revision, "dtype": dtype}
     sections["input"] |= {
         "fingerprint": input_fingerprint,

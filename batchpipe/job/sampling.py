@@ -37,6 +37,9 @@ class Sampling(v.Section):
         v.Seed, v.about("A row's stream follows from (seed, row id, sample index): batch order never matters.")
     ] = 0
     logprobs: Annotated[v.LogprobCount, v.about("Likeliest tokens to report at each place; 0 is off.")] = 0
+    keep_special_tokens: Annotated[
+        v.Flag, v.about("Keep special tokens, such as marks of tool calls, in the completion.")
+    ] = False
     defaults: Annotated[
         Literal["job", "model"],
         v.about(

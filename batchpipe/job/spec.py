@@ -148,6 +148,13 @@ class OutputSpec(v.Section):
 
     path: Annotated[v.Name, v.about("Folder of this job's output; running the job again continues it.")]
     columns: Annotated[v.Columns, v.about("Input columns carried through with their exact types.")] = "all"
+    reasoning: Annotated[
+        v.Reasoning,
+        v.about(
+            "Put the reasoning of a completion in the column reasoning: auto goes by the chat template, or the two "
+            "markers around it; null leaves it where it is."
+        ),
+    ] = None
     part_rows: Annotated[v.Count, v.about("Rows of one Parquet part.")] = 1000
     max_failed_fraction: Annotated[
         v.Fraction, v.about("Stop with exit code 4 once a larger share of the rows failed.")

@@ -90,6 +90,9 @@ SizeOrZero = Annotated[_Bytes, Ge(0), Expects("0 or a size such as 4GiB, 512MiB,
 Strings = Annotated[tuple[_Nonempty, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
 Paths = Annotated[Strings, MinLen(1), Expects("a path, or a nonempty list of paths")]
 StopStrings = Annotated[Strings, MaxLen(64), Expects("a nonempty string, or a list of at most 64 of them")]
+Reasoning = Annotated[
+    Literal["auto"] | tuple[_Nonempty, _Nonempty] | None, Expects("'auto', the two markers [begin, end], or null")
+]
 Columns = Annotated[Literal["all", "none"] | tuple[_Nonempty, ...], Expects("'all', 'none' or a list of column names")]
 
 TokenId = Annotated[int, Strict(), Ge(0), Le((1 << 31) - 1)]

@@ -28,6 +28,12 @@ class Tokenizer:
         return bool(self._backend.chat_template)
 
     @property
+    def chat_template(self) -> str | None:
+        """The text of the model's own template, of several that for chats."""
+        template = self._backend.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
     def end_token(self) -> tuple[int | None, str | None]:
         """Id and text of the token that the tokenizer's files name as the end; None where they name none."""
         return self._backend.eos_token_id, self._backend.eos_token
@@ -36,6 +42,12 @@ class Tokenizer:
     def special_tokens(self) -> list[str]:
         """The texts of the special tokens."""
         return list(self._backend.all_special_tokens)
+
+    @property
+    def skipped_tokens(self) -> list[str]:
+        """The texts of the tokens that decoding skips: the special ones, and added ones marked so."""
+        added = self._backend.added_tokens_decoder.values()
+        return sorted({*self.special_tokens, *(token.content for token in added if token.special)})
 
     def vocabulary(self) -> dict[str, int]:
         """Every token's text and id."""
@@ -86,13 +98,24 @@ class Tokenizer:
         )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        return text
+        return self.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def decode_batch(self, token_ids: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
         if not token_ids:  # which transformers takes for one empty text
             return []
-        return list(self._backend.batch_decode(token_ids, skip_special_tokens=skip_special_tokens))
+        try:
+            return list(self._backend.batch_decode(token_ids, skip_special_tokens=skip_special_tokens))
+        except Exception:  # each tokenizer raises what it likes for an id that it does not know
+            known = [[token_id for token_id in ids if self._has_text(token_id)] for ids in token_ids]
+            return list(self._backend.batch_decode(known, skip_special_tokens=skip_special_tokens))
+
+    def _has_text(self, token_id: int) -> bool:
+        """Whether the tokenizer can decode this id: an embedding may have rows that stand for no token."""
+        try:
+            self._backend.decode([token_id])
+        except Exception:
+            return False
+        return True
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:

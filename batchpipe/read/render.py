@@ -55,6 +55,11 @@ class Renderer:
         self._text_frame = self._find_frame() if self._has_chat else None
         self._token_frame = find_token_frame(self._text_frame, tokenizer) if self._text_frame else None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the template that writes the prompts; None if there is none."""
+        return (self._chat_template or self._tokenizer.chat_template) if self._has_chat else None
+
     def render(self, values: Mapping[str, Any]) -> str | list[int]:
         """The prompt's text for `encode`, or the token ids that the row brings; RowError if the row has no prompt."""
         if self._spec.messages_column is not None:

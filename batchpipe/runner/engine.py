@@ -12,7 +12,7 @@ from batchpipe.report.meter import Meter
 from batchpipe.runner.length_updates import LengthUpdates
 from batchpipe.runner.replica import Replica
 from batchpipe.scheduler.sequence import StopMatcher
-from batchpipe.types import FinishedRequest, Request, SamplingParams
+from batchpipe.types import FinishedRequest, Request
 
 # Requests that wait, read and tokenised, for each sequence that may run, so that the replicas never lack requests.
 WAITING_PER_RUNNING = 2
@@ -28,7 +28,7 @@ class Engine:
         pipelines: Sequence[Pipeline],
         schedule: str,
         eos_token_ids: frozenset[int],
-        matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        matcher_of: Callable[[Request], StopMatcher | None],
         predictor: LengthPredictor | None = None,
         cost: CostModel | None = None,
     ) -> None:

@@ -28,8 +28,11 @@ from batchpipe.read.openai_render import RequestRenderer
 from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.read.source import Source, open_source
 from batchpipe.read.tokenize import requests
+from batchpipe.sample.detokenize import keeps_special
+from batchpipe.sample.reasoning import ReasoningMarkers, markers_of_template
 from batchpipe.sample.stop import StopStrings
-from batchpipe.types import FailedRow, Request, SamplingParams
+from batchpipe.sample.text import CompletionTexts
+from batchpipe.types import FailedRow, Request
 from batchpipe.write.folder import OutputFolder
 from batchpipe.write.open import open_output
 from batchpipe.write.schema import completions_schema
@@ -94,8 +97,31 @@ class Prepared:
             vocabulary_size=self.info.vocabulary_size,
         )
 
-    def matcher_of(self, params: SamplingParams) -> StopStrings | None:
-        return StopStrings(self.tokenizer.decode, params.stop, params.min_tokens) if params.stop else None
+    @cached_property
+    def texts(self) -> CompletionTexts:
+        return CompletionTexts(self.tokenizer.decode_batch, self.tokenizer.skipped_tokens)
+
+    @cached_property
+    def reasoning(self) -> ReasoningMarkers | None:
+        """What parts reasoning from answer, if the job wants them apart. Raises JobError if that cannot be told."""
+        wanted = self.job.output.reasoning
+        if wanted != "auto":
+            return None if wanted is None else ReasoningMarkers(*wanted)
+        found = markers_of_template(self.renderer.chat_template or "")
+        if found is None:
+            raise JobError(
+                "output.reasoning: the chat template names no markers of reasoning; write them, as in "
+                'output.reasoning: ["<think>", "</think>"]'
+            )
+        return found
+
+    def matcher_of(self, request: Request) -> StopStrings | None:
+        sampling = request.sampling
+        if not sampling.stop:
+            return None
+        keep = keeps_special(request, self.texts, self.reasoning)
+        decode = self.texts.decoder(request.prompt_token_ids.tolist(), keep=keep)
+        return StopStrings(decode, sampling.stop, sampling.min_tokens)
 
     def open_output(self, fresh: bool) -> OutputFolder:
         return open_output(
@@ -141,7 +167,7 @@ def prepare(job: Job, *, device: str | None = None, needs_weights: bool = True) 
         raise JobError("sampling.column: the input's requests bring their own settings; remove it")
     rows_choose = source.brings_requests or job.sampling.column is not None
     with_logprobs = job.sampling.logprobs > 0 or rows_choose
-    schema = completions_schema(source.carried_schema, with_logprobs)
+    schema = completions_schema(source.carried_schema, with_logprobs, with_reasoning=job.output.reasoning is not None)
     model = resolve_model(job.model, needs_weights=needs_weights)
     trusted = job.model.trust_remote_code
     info = describe_model(

@@ -15,7 +15,7 @@ from batchpipe.report.meter import Meter
 from batchpipe.sample.rng import stream_of
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.scheduler.sequence import StopMatcher
-from batchpipe.types import FinishedRequest, Request, SamplingParams, Step
+from batchpipe.types import FinishedRequest, Request, Step
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Replica:
         meter: Meter,
         schedule: str,
         eos_token_ids: frozenset[int],
-        matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        matcher_of: Callable[[Request], StopMatcher | None],
         cost: CostModel | None = None,
     ) -> None:
         capacity = pipeline.capacity

@@ -75,7 +75,7 @@ def run_job(
                 items = ahead.take(engine.room, block=engine.idle)
                 engine.add(item for item in items if isinstance(item, Request))
                 outcomes = [failed_outcome(item) for item in items if isinstance(item, FailedRow)]
-                outcomes += detokenize(engine.advance(), prepared.tokenizer.decode_batch, prepared.eos_token_ids)
+                outcomes += detokenize(engine.advance(), prepared.texts, prepared.eos_token_ids, prepared.reasoning)
                 engine.meter.add_outcomes(outcomes)
                 writer.write(outcomes)
                 progress.tick()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
+from batchpipe.sample.reasoning import ReasoningMarkers
+from batchpipe.sample.text import CompletionTexts
 from batchpipe.types import (
     Completion,
     ErrorCode,
@@ -11,6 +13,7 @@ from batchpipe.types import (
     FinishedRequest,
     FinishReason,
     Outcome,
+    Request,
     RowStatus,
     SampleOutcome,
 )
@@ -18,17 +21,24 @@ from batchpipe.types import (
 
 def detokenize(
     finished: Sequence[FinishedRequest],
-    decode_batch: Callable[[Sequence[Sequence[int]]], Sequence[str]],
+    texts: CompletionTexts,
     eos_token_ids: Collection[int],
+    reasoning: ReasoningMarkers | None = None,
 ) -> list[Outcome]:
     """One outcome per request, in order, with all its samples.
 
-    `decode_batch` gives the texts of many token lists without special tokens; it is called once. A final end token
-    counts as a completion token but is never part of the text, even if the tokenizer does not call it special.
+    A final end token counts as a completion token but is never part of the text, even if the tokenizer does not call it
+    special. With `reasoning` a completion's reasoning is apart from its answer.
     """
-    completions = [completion for one in finished for completion in one.completions]
-    texts = decode_batch([_text_token_ids(completion, eos_token_ids) for completion in completions])
-    samples = [_sample_outcome(completion, text) for completion, text in zip(completions, texts, strict=True)]
+    pairs = [(one.request, completion) for one in finished for completion in one.completions]
+    samples: dict[int, SampleOutcome] = {}
+    for keep in (False, True):
+        places = [place for place, (request, _) in enumerate(pairs) if keeps_special(request, texts, reasoning) == keep]
+        chosen = [pairs[place] for place in places]
+        prompts = [request.prompt_token_ids.tolist() for request, _ in chosen]
+        decoded = texts.texts(prompts, [_text_token_ids(done, eos_token_ids) for _, done in chosen], keep=keep)
+        for place, (request, completion), text in zip(places, chosen, decoded, strict=True):
+            samples[place] = _sample_outcome(request, completion, text, texts, reasoning)
     outcomes = []
     start = 0
     for one in finished:
@@ -39,11 +49,18 @@ def detokenize(
                 key=request.key,
                 prompt_tokens=len(request.prompt_token_ids),
                 predicted_tokens=request.predicted_tokens,
-                samples=tuple(samples[start:end]),
+                samples=tuple(samples[place] for place in range(start, end)),
             )
         )
         start = end
     return outcomes
+
+
+def keeps_special(request: Request, texts: CompletionTexts, reasoning: ReasoningMarkers | None = None) -> bool:
+    """Whether special tokens stay in the text while it is searched for stop strings and markers of reasoning."""
+    sampling = request.sampling
+    marks = (*sampling.stop, *(() if reasoning is None else (reasoning.begin, reasoning.end)))
+    return sampling.keep_special_tokens or texts.has_special(marks)
 
 
 def failed_outcome(row: FailedRow) -> Outcome:
@@ -58,18 +75,27 @@ def _text_token_ids(completion: Completion, eos_token_ids: Collection[int]) -> t
     return token_ids[:-1] if ended and token_ids and token_ids[-1] in eos_token_ids else token_ids
 
 
-def _sample_outcome(completion: Completion, text: str) -> SampleOutcome:
+def _sample_outcome(
+    request: Request, completion: Completion, text: str, texts: CompletionTexts, markers: ReasoningMarkers | None
+) -> SampleOutcome:
     if completion.error_code is not None:
         return _failed_sample(completion.error_code, completion.error_message)
+    answer, reasoning = text[: completion.text_length], None
+    if markers is not None:
+        reasoning, answer = markers.split(texts.tail(request.prompt_token_ids.tolist()), answer)
+    if not request.sampling.keep_special_tokens and keeps_special(request, texts, markers):
+        answer = texts.without_special(answer)
+        reasoning = None if reasoning is None else texts.without_special(reasoning)
     canceled = completion.finish_reason is None
     return SampleOutcome(
         status=RowStatus.CANCELED if canceled else RowStatus.SUCCEEDED,
-        completion=None if canceled else text[: completion.text_length],
+        completion=None if canceled else answer,
         finish_reason=completion.finish_reason,
         error_code=None,
         error_message=None,
         completion_tokens=len(completion.token_ids),
         logprobs=completion.logprobs,
+        reasoning=None if canceled else reasoning,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from batchpipe.scheduler.sequence import RequestGroup, SequenceState, StopMatcher
-from batchpipe.types import Request, SamplingParams
+from batchpipe.types import Request
 
 
 class Intake:
@@ -13,7 +13,7 @@ class Intake:
         self,
         eos_token_ids: frozenset[int],
         stream_of: Callable[[int, str, int], int],
-        matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        matcher_of: Callable[[Request], StopMatcher | None],
     ) -> None:
         self._eos_token_ids = eos_token_ids
         self._stream_of = stream_of
@@ -30,7 +30,7 @@ class Intake:
                 group=group,
                 sample_index=sample_index,
                 stream=self._stream_of(sampling.seed, request.key.row_id, sample_index),
-                matcher=self._matcher_of(sampling),
+                matcher=self._matcher_of(request),
                 prompt=request.prompt_token_ids,
                 num_tokens=len(request.prompt_token_ids),
                 max_tokens=sampling.max_tokens,

@@ -32,7 +32,6 @@ from batchpipe.types import (
     Capacity,
     FinishedRequest,
     Request,
-    SamplingParams,
     Step,
     StepResult,
     Transfers,
@@ -61,7 +60,7 @@ class Scheduler:
         schedule: str,
         eos_token_ids: frozenset[int],
         stream_of: Callable[[int, str, int], int],
-        matcher_of: Callable[[SamplingParams], StopMatcher | None],
+        matcher_of: Callable[[Request], StopMatcher | None],
         cost: CostModel | None = None,
     ) -> None:
         self.capacity = capacity

@@ -37,10 +37,13 @@ _TOKEN_LOGPROBS = pa.struct(
 )
 _LOGPROBS_FIELD = pa.field("logprobs", pa.list_(_TOKEN_LOGPROBS))
 
+# Marked as ours, since an input may have a column of this name that is carried where the job asks for no reasoning.
+_REASONING_FIELD = pa.field("reasoning", pa.string(), metadata={"batchpipe": "reasoning"})
+
 RESERVED_COLUMNS = frozenset(field.name for field in (*_OWN_FIELDS, _LOGPROBS_FIELD))
 
 
-def completions_schema(carried: pa.Schema, with_logprobs: bool) -> pa.Schema:
+def completions_schema(carried: pa.Schema, with_logprobs: bool, *, with_reasoning: bool = False) -> pa.Schema:
     """The schema of every part: our columns, then the carried ones with their exact types.
 
     Raises JobError if a carried column has a name of ours or a type that Parquet lacks.
@@ -48,19 +51,26 @@ def completions_schema(carried: pa.Schema, with_logprobs: bool) -> pa.Schema:
     check_no_clash(carried)
     for field in carried:
         _check_storable(field)
-    return pa.schema([*_OWN_FIELDS, *([_LOGPROBS_FIELD] if with_logprobs else []), *carried])
+    if with_reasoning and "reasoning" in carried.names:
+        raise JobError(_clash("reasoning"))
+    optional = [*([_LOGPROBS_FIELD] if with_logprobs else []), *([_REASONING_FIELD] if with_reasoning else [])]
+    return pa.schema([*_OWN_FIELDS, *optional, *carried])
 
 
 def check_no_clash(carried: pa.Schema) -> None:
     """Raises JobError if a carried column has the name of one of ours, or two carried columns share a name."""
     for name in carried.names:
         if name in RESERVED_COLUMNS:
-            raise JobError(
-                f"output.columns: the input column {name!r} has the name of a column of the completions; "
-                "list the columns to carry in output.columns without it, or rename it in the input."
-            )
+            raise JobError(_clash(name))
         if carried.names.count(name) > 1:
             raise JobError(f"output.columns: the input has more than one column {name!r}; rename one of them.")
+
+
+def _clash(name: str) -> str:
+    return (
+        f"output.columns: the input column {name!r} has the name of a column of the completions; "
+        "list the columns to carry in output.columns without it, or rename it in the input."
+    )
 
 
 def _check_storable(field: pa.Field) -> None:
@@ -83,8 +93,10 @@ def to_batch(outcomes: Sequence[Outcome], schema: pa.Schema) -> pa.RecordBatch:
     for outcome in outcomes:
         groups.setdefault(id(outcome.key.carried.batch), []).append(outcome)
     in_order = [outcome for group in groups.values() for outcome in group]
-    num_own = len(_OWN_FIELDS) + (_LOGPROBS_FIELD.name in schema.names)
-    arrays = _own_columns(in_order, with_logprobs=num_own > len(_OWN_FIELDS))
+    arrays = _own_columns(in_order, with_logprobs=_LOGPROBS_FIELD.name in schema.names)
+    if any(field.metadata == _REASONING_FIELD.metadata for field in schema):
+        arrays.append(pa.array([sample.reasoning for one in in_order for sample in one.samples], pa.string()))
+    num_own = len(arrays)
     if len(schema) > num_own:
         taken = [_take_carried(group) for group in groups.values()]
         carried = taken[0] if len(taken) == 1 else pa.concat_batches(taken)

@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from batchpipe.sample.detokenize import detokenize, failed_outcome
+from batchpipe.sample.reasoning import ReasoningMarkers
+from batchpipe.sample.text import CompletionTexts
 from batchpipe.types import (
     Carried,
     Completion,
@@ -27,8 +29,18 @@ EOS = 9
 KEY = RowKey(4, "row-4", Carried(pa.record_batch({}), 0))
 
 
-def decode_batch(token_lists: Sequence[Sequence[int]]) -> list[str]:
-    return ["".join("abcdefghij"[token_id] for token_id in token_ids) for token_ids in token_lists]
+LETTERS = [*"abcdefghij", "<s>"]  # the last one is a special token
+SPECIAL = 10
+
+
+def decode_batch(token_lists: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
+    return [
+        "".join(LETTERS[token_id] for token_id in token_ids if not (skip_special_tokens and token_id == SPECIAL))
+        for token_ids in token_lists
+    ]
+
+
+TEXTS = CompletionTexts(decode_batch, ["<s>"])
 
 
 def finished(*completions: Completion, predicted: int | None = None) -> FinishedRequest:
@@ -37,7 +49,7 @@ def finished(*completions: Completion, predicted: int | None = None) -> Finished
 
 
 def only_sample(completion: Completion) -> SampleOutcome:
-    (outcome,) = detokenize([finished(completion)], decode_batch, {EOS})
+    (outcome,) = detokenize([finished(completion)], TEXTS, {EOS})
     (sample,) = outcome.samples
     return sample
 
@@ -89,9 +101,9 @@ def test_a_sample_without_an_end_was_canceled() -> None:
 def test_requests_keep_their_samples_and_order_in_one_decode() -> None:
     calls = []
 
-    def counting_decode(token_lists: Sequence[Sequence[int]]) -> list[str]:
+    def counting_decode(token_lists: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
         calls.append(len(token_lists))
-        return decode_batch(token_lists)
+        return decode_batch(token_lists, skip_special_tokens=skip_special_tokens)
 
     logprobs = (TokenLogprobs(2, -0.5, (2,), (-0.5,)),)
     outcomes = detokenize(
@@ -99,17 +111,42 @@ def test_requests_keep_their_samples_and_order_in_one_decode() -> None:
             finished(Completion((0,), FinishReason.LENGTH), Completion((1,), FinishReason.LENGTH), predicted=7),
             finished(Completion((2,), FinishReason.LENGTH, logprobs=logprobs)),
         ],
-        counting_decode,
+        CompletionTexts(counting_decode, []),
         {EOS},
     )
-    assert calls == [3]
+    assert calls == [3, 1, 0]  # all completions at once, the end that all prompts have, none with special tokens
     assert [[sample.completion for sample in outcome.samples] for outcome in outcomes] == [["a", "b"], ["c"]]
     assert [(one.key, one.prompt_tokens, one.predicted_tokens) for one in outcomes] == [(KEY, 3, 7), (KEY, 3, None)]
     assert outcomes[1].samples[0].logprobs == logprobs
 
 
+def one_text(token_ids: tuple[int, ...], text_length: int | None = None, **sampling: Any) -> str | None:
+    request = Request(KEY, np.array([1], np.int32), settings(**sampling))
+    done = Completion(token_ids, FinishReason.STOP, text_length=text_length)
+    (outcome,) = detokenize([FinishedRequest(request, (done,))], TEXTS, {EOS})
+    return outcome.samples[0].completion
+
+
+def test_special_tokens_are_kept_where_the_row_asks_for_them() -> None:
+    assert one_text((0, SPECIAL, 1, EOS)) == "ab"
+    assert one_text((0, SPECIAL, 1, EOS), keep_special_tokens=True) == "a<s>b"
+
+
+def test_a_stop_string_may_hold_special_tokens() -> None:
+    """Its place counts them; the text does not show them."""
+    assert one_text((SPECIAL, 0, 1, SPECIAL), text_length=5, stop=("<s>",)) == "ab"
+    assert one_text((SPECIAL, 0, 1, SPECIAL), text_length=5, stop=("<s>",), keep_special_tokens=True) == "<s>ab"
+
+
+def test_reasoning_stands_apart() -> None:
+    request = Request(KEY, np.array([1], np.int32), settings())
+    done = Completion((2, 0, 3, 1), FinishReason.STOP)
+    (outcome,) = detokenize([FinishedRequest(request, (done,))], TEXTS, {EOS}, ReasoningMarkers("c", "d"))
+    assert (outcome.samples[0].reasoning, outcome.samples[0].completion) == ("a", "b")
+
+
 def test_nothing_finished() -> None:
-    assert detokenize([], decode_batch, {EOS}) == []
+    assert detokenize([], TEXTS, {EOS}) == []
 
 
 def test_a_failed_row_fails_every_sample() -> None:
