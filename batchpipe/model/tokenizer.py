@@ -92,6 +92,13 @@ class Tokenizer:
         encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def beginning_token_ids(self) -> list[int]:
+        """What is put before every text that is encoded with special tokens: mostly the begin token alone, or []."""
+        (plain,) = self.encode_batch(["a"], add_special_tokens=False)
+        (whole,) = self.encode_batch(["a"], add_special_tokens=True)
+        places = range(len(whole) - len(plain) + 1)
+        return whole[: next((place for place in places if whole[place : place + len(plain)] == plain), 0)]
+
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
         """Token ids and the characters [start, end) each stands for; None where the tokenizer cannot say."""
         if self._fast is None:

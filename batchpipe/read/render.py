@@ -58,12 +58,12 @@ class Renderer:
         if not self._has_chat:
             _check_plain_text_will_do(spec)
         self._names = self._template_names() if self._has_chat else frozenset[str]()
-        self._unread_names: set[str] = set()
+        self._said: set[str] = set()
         try:
             self._check_read(self._inputs.of_job)
         except RowError as error:
             raise JobError(f"input.template_variables: {error.message}") from error
-        self._says_what_it_continues = spec.last_answer == "auto"
+        self._beginning = [] if self._has_chat else tokenizer.beginning_token_ids()
         self._text_frame = self._find_frame() if self._has_chat else None
         self._token_frame = find_token_frame(self._text_frame, tokenizer) if self._text_frame else None
 
@@ -86,7 +86,8 @@ class Renderer:
         """Token ids of rendered `texts`. Special tokens are added only if no chat template has written them already."""
         if self._token_frame is not None:
             return self._token_frame.encode(self._tokenizer, texts)
-        return self._tokenizer.encode_batch(texts, add_special_tokens=not self._has_chat)
+        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=not self._has_chat)
+        return encoded if self._has_chat else list(map(self._with_one_beginning, encoded))
 
     def _prompt(self, values: Mapping[str, Any]) -> str | list[int]:
         column = self._spec.prompt_column
@@ -97,8 +98,21 @@ class Renderer:
             raise RowError(ErrorCode.MISSING_PROMPT, f"column {column!r} is missing or null")
         if isinstance(value, list) and all(type(token_id) is int for token_id in value):
             return value
+        if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+            message = f"column {column!r} holds messages; write `messages_column: {column}` under `input`"
+            raise RowError(ErrorCode.WRONG_TYPE, message)
         kind = "list of other things than token ids" if isinstance(value, list) else type(value).__name__
         raise RowError(ErrorCode.WRONG_TYPE, f"column {column!r} holds a {kind}, not text")
+
+    def _with_one_beginning(self, token_ids: list[int]) -> list[int]:
+        """Without the tokens that the tokenizer put before a text which begins with them itself."""
+        beginning = self._beginning
+        length = len(beginning)
+        if not length or token_ids[: 2 * length] != 2 * beginning:
+            return token_ids
+        text = self._tokenizer.decode(beginning, skip_special_tokens=False)
+        self._say_once(f"prompts begin with the tokenizer's own {text!r}, so it is not added to them again")
+        return token_ids[length:]
 
     def _messages(self, values: Mapping[str, Any]) -> list[Message]:
         column = self._spec.messages_column
@@ -110,9 +124,8 @@ class Renderer:
             if messages[-1]["content"] is None:
                 message = "the last message has no content to continue; input.last_answer: drop has it written anew"
                 raise RowError(ErrorCode.INVALID_MESSAGES, message)
-            if self._says_what_it_continues:
-                self._says_what_it_continues = False
-                logger.warning(
+            if self._spec.last_answer == "auto":
+                self._say_once(
                     "input.last_answer: conversations that end with the assistant's turn are continued where it ends; "
                     "write `last_answer: drop` under `input` to have it written anew, `continue` if this is meant"
                 )
@@ -153,6 +166,11 @@ class Renderer:
             message = f"the chat template refuses the messages: {error or type(error).__name__}"
             raise RowError(ErrorCode.TEMPLATE_ERROR, message) from error
 
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning("%s", message)
+
     def _template_names(self) -> frozenset[str]:
         try:
             return self._tokenizer.chat_template_variables(self._chat_template)
@@ -162,14 +180,13 @@ class Renderer:
 
     def _check_read(self, names: Iterable[str]) -> None:
         """Says once what the chat template never reads; RowError if that is tools, which a prompt is wrong without."""
-        for name in set(names) - self._names - self._unread_names:
+        for name in sorted(set(names) - self._names):
             if name == TOOLS:
                 message = "the chat template has no place for tools; give another one as input.chat_template"
                 raise RowError(ErrorCode.TEMPLATE_ERROR, message)
-            self._unread_names.add(name)
             near = difflib.get_close_matches(name, self._names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f" (it reads {', '.join(sorted(self._names))})"
-            logger.warning("input.template_variables: the chat template reads no %r%s", name, hint)
+            self._say_once(f"input.template_variables: the chat template reads no {name!r}{hint}")
 
     def _find_frame(self) -> TextFrame | None:
         """The text around every prompt if it is the same for all rows; also checks the chat template."""

@@ -93,6 +93,31 @@ class TestAsTransformers:
         (token_ids,) = renderer_of(tokenizer, chat_template="none").encode(["x"])
         assert token_ids.count(0) == 1
 
+    @pytest.mark.parametrize("keys", [{}, {"template": "<|begin|>{prompt}"}, {"template": "{begin}{prompt}"}])
+    def test_a_text_that_begins_with_the_begin_token_has_it_once(
+        self, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, keys: dict[str, str]
+    ) -> None:
+        renderer = renderer_of(tokenizer, chat_template="none", **keys)
+        rows = ["x<|begin|>", "<|begin|>x", "<|begin|>", "<|begin|><|begin|>x"] if not keys else ["x", "x"]
+        values = [{"prompt": text, "begin": "<|begin|>"} for text in rows]
+        encoded = renderer.encode([str(renderer.render(row)) for row in values])
+        texts = [text if text.startswith("<|begin|>") else "<|begin|>" + text for text in rows]
+        assert encoded == tokenizer.encode_batch(texts, add_special_tokens=False)
+        [record] = caplog.records
+        assert (
+            record.getMessage()
+            == "prompts begin with the tokenizer's own '<|begin|>', so it is not added to them again"
+        )
+
+    def test_a_tokenizer_that_adds_nothing_takes_nothing_away(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        plain = load_tokenizer(build_tiny_tokenizer(tmp_path))
+        texts = ["<|begin|>x", "<|begin|><|begin|>x", ""]
+        encoded = renderer_of(plain, chat_template="none").encode(texts)
+        assert encoded == plain.encode_batch(texts, add_special_tokens=False)
+        assert not caplog.records
+
     def test_a_conversation(self, folder: Path, tokenizer: Tokenizer) -> None:
         theirs = AutoTokenizer.from_pretrained(folder)
         renderer = renderer_of(tokenizer, messages_column="chat", system="Be brief.")
@@ -120,6 +145,7 @@ class TestPromptColumn:
             ({"prompt": 3}, ErrorCode.WRONG_TYPE, "column 'prompt' holds a int, not text"),
             ({"prompt": {"a": 1}}, ErrorCode.WRONG_TYPE, "column 'prompt' holds a dict, not text"),
             ({"prompt": [1, "a"]}, ErrorCode.WRONG_TYPE, "a list of other things than token ids"),
+            ({"prompt": [{"role": "user"}]}, ErrorCode.WRONG_TYPE, "write `messages_column: prompt` under `input`"),
             ({"prompt": [True]}, ErrorCode.WRONG_TYPE, "a list of other things than token ids"),
         ],
     )
