@@ -66,6 +66,9 @@ class Renderer:
         self._beginning = [] if self._has_chat else tokenizer.beginning_token_ids()
         self._text_frame = self._find_frame() if self._has_chat else None
         self._token_frame = find_token_frame(self._text_frame, tokenizer) if self._text_frame else None
+        prefix = self._text_frame.prefix if self._text_frame else ""
+        # The special token that every prompt begins with.
+        self._opening = max((text for text in tokenizer.special_tokens if prefix.startswith(text)), default="", key=len)
 
     def render(self, values: Mapping[str, Any]) -> str | list[int]:
         """The prompt's text for `encode`, or the token ids that the row brings; RowError if the row has no prompt."""
@@ -76,6 +79,11 @@ class Renderer:
             raise RowError(ErrorCode.EMPTY_PROMPT, "the prompt is empty")
         if isinstance(content, list):
             return content
+        if self._opening and content.startswith(self._opening):
+            self._say_once(
+                f"prompts begin with {self._opening!r}, as what the chat template writes around them does; if they are "
+                "rendered already, write `chat_template: none` under `input`"
+            )
         if self._text_frame is not None:
             return self._text_frame.around(content)
         if not self._has_chat:

@@ -118,6 +118,19 @@ class TestAsTransformers:
         assert encoded == plain.encode_batch(texts, add_special_tokens=False)
         assert not caplog.records
 
+    def test_a_prompt_that_looks_rendered_already_is_told_once(
+        self, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        renderer = renderer_of(tokenizer)
+        for text in ("x", "x<|start|>", "<|end|>x", renderer.render({"prompt": "x"}), "<|start|>y"):
+            renderer.render({"prompt": text})
+        [record] = caplog.records
+        assert "begin with '<|start|>'" in record.getMessage()
+        assert "write `chat_template: none` under `input`" in record.getMessage()
+        bare = renderer_of(tokenizer, chat_template=custom(tmp_path, "{{ messages[0].content }}"))
+        assert bare.render({"prompt": "<|start|>x"}) == "<|start|>x"
+        assert len(caplog.records) == 1
+
     def test_a_conversation(self, folder: Path, tokenizer: Tokenizer) -> None:
         theirs = AutoTokenizer.from_pretrained(folder)
         renderer = renderer_of(tokenizer, messages_column="chat", system="Be brief.")
