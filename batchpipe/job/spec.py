@@ -28,6 +28,16 @@ class ModelSpec(v.Section):
     trust_remote_code: Annotated[v.Flag, v.about("Run Python code that comes with the model.")] = False
 
 
+# Variables of a chat template that no job and no row may set: they are the call's own.
+RESERVED_TEMPLATE_VARIABLES = frozenset(
+    [
+        *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs"),
+    ]
+)
+
+
 class InputSpec(v.Section):
     """Where the rows are, and how a row becomes a prompt."""
 
@@ -46,13 +56,31 @@ class InputSpec(v.Section):
         v.Name, v.about("One user message if the model has a chat template, raw text otherwise.")
     ] = "prompt"
     messages_column: Annotated[
-        v.OptionalName, v.about("Column with a list of {role, content}, read in place of prompt_column.")
+        v.OptionalName,
+        v.about("Column with a list of {role, content} or {from, value}, read in place of prompt_column."),
     ] = None
+    last_answer: Annotated[
+        Literal["auto", "continue", "drop"],
+        v.about(
+            "An assistant's turn that ends a conversation is continued, or dropped so that it is written anew; auto "
+            "continues it and says so once."
+        ),
+    ] = "auto"
     template: Annotated[v.OptionalText, v.about("Text with {column} places, read in place of prompt_column.")] = None
     system: Annotated[v.OptionalText, v.about("System message put before each row's messages.")] = None
     chat_template: Annotated[
         v.Name, v.about("auto is the model's own, none is raw text, else the path of a .jinja file.")
     ] = "auto"
+    template_variables: Annotated[
+        v.Variables, v.about("Variables of the chat template for every row, such as {enable_thinking: false}.")
+    ] = {}
+    template_variables_column: Annotated[
+        v.OptionalName,
+        v.about("Column with a struct or JSON object of variables for its row, before those of the job."),
+    ] = None
+    tools_column: Annotated[
+        v.OptionalName, v.about("Column with the row's tools for the chat template, a list or that as JSON text.")
+    ] = None
     limit: Annotated[v.OptionalCount, v.about("Read only this many rows.")] = None
     max_line_bytes: Annotated[v.Size, v.about("A longer JSON line is a failed row.")] = 64 << 20
 
@@ -76,6 +104,12 @@ class InputSpec(v.Section):
         ours = {key: fields[key].default for key in ("prompt_column", "messages_column", "template")}
         keys = [key for key, default in ours.items() if getattr(self, key) != default]
         return keys if self.id_column in (fields["id_column"].default, "custom_id") else ["id_column", *keys]
+
+    @model_validator(mode="after")
+    def _variables_are_not_the_calls_own(self) -> InputSpec:
+        for name in sorted(RESERVED_TEMPLATE_VARIABLES & self.template_variables.keys()):
+            raise PydanticCustomError("related_keys", f"template_variables: '{name}' cannot be set; remove it")
+        return self
 
 
 # The values of predict.method that are not the path of a file.

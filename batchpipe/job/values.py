@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, Strict, WithJsonSchema
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,12 @@ Reasoning = Annotated[
     Literal["auto"] | tuple[_Nonempty, _Nonempty] | None, Expects("'auto', the two markers [begin, end], or null")
 ]
 Columns = Annotated[Literal["all", "none"] | tuple[_Nonempty, ...], Expects("'all', 'none' or a list of column names")]
+
+Variables = Annotated[
+    dict[_Nonempty, JsonValue],
+    WithJsonSchema({"type": "object"}),
+    Expects("a mapping of names to values, such as {enable_thinking: false}"),
+]
 
 TokenId = Annotated[int, Strict(), Ge(0), Le((1 << 31) - 1)]
 TokenIds = Annotated[tuple[TokenId, ...], Expects("a list of token ids (integers >= 0)")]

@@ -8,9 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import jinja2.meta
+
 from batchpipe.errors import ModelError
+
+# Written behind a content to find its end; a template that strips the content takes away the mark's space.
+_END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class Tokenizer:
@@ -53,25 +59,46 @@ class Tokenizer:
         """Every token's text and id."""
         return dict(self._backend.get_vocab())
 
+    def chat_template_variables(self, chat_template: str | None = None) -> frozenset[str]:
+        """The names that the chat template reads and does not set itself; jinja2.TemplateSyntaxError if it is wrong."""
+        given = chat_template or self._backend.chat_template
+        templates = given.values() if isinstance(given, dict) else [given]
+        names: set[str] = set()
+        for template in templates:
+            environment = compiled_template(template).environment
+            names |= jinja2.meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
+        return frozenset(names)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         chat_template: str | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
         continue_final_message: bool = False,
     ) -> str:
         """The conversation as text, ending where the model is to go on; what the template raises passes through.
 
-        The text holds the template's special tokens already: encode it with `add_special_tokens=False`.
+        `variables` are those of the template beside the messages, `tools` among them. With `continue_final_message` the
+        text ends with the last message's content; ValueError if the template leaves out a part of it. The text holds
+        the template's special tokens already: encode it with `add_special_tokens=False`.
         """
-        text: str = self._backend.apply_chat_template(
-            list(messages),
-            chat_template=chat_template,
-            tokenize=False,
-            add_generation_prompt=not continue_final_message,
-            continue_final_message=continue_final_message,
-        )
-        return text
+
+        def written(messages: Sequence[Mapping[str, Any]]) -> str:
+            text: str = self._backend.apply_chat_template(
+                list(messages),
+                chat_template=chat_template,
+                tokenize=False,
+                add_generation_prompt=not continue_final_message,
+                **variables,
+            )
+            return text
+
+        if not continue_final_message:
+            return written(messages)
+        *earlier, last = messages
+        text = written([*earlier, {**last, "content": last["content"] + _END_MARK}])
+        return _cut_at_mark(text, last["content"])
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text. Special tokens written in a text become those tokens, as in transformers."""
@@ -81,6 +108,13 @@ class Tokenizer:
             return list(self._backend(list(texts), add_special_tokens=add_special_tokens)["input_ids"])
         encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def beginning_token_ids(self) -> list[int]:
+        """What is put before every text that is encoded with special tokens: mostly the begin token alone, or []."""
+        (plain,) = self.encode_batch(["a"], add_special_tokens=False)
+        (whole,) = self.encode_batch(["a"], add_special_tokens=True)
+        places = range(len(whole) - len(plain) + 1)
+        return whole[: next((place for place in places if whole[place : place + len(plain)] == plain), 0)]
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
         """Token ids and the characters [start, end) each stands for; None where the tokenizer cannot say."""
@@ -116,6 +150,22 @@ class Tokenizer:
         except Exception:
             return False
         return True
+
+
+def compiled_template(chat_template: str) -> jinja2.Template:
+    """The template as transformers compiles and keeps it."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template: jinja2.Template = _compile_jinja_template(chat_template)
+    return template
+
+
+def _cut_at_mark(text: str, content: str) -> str:
+    """`text` up to the mark behind `content`, whose white space alone the template may have changed."""
+    before, mark, after = text.rpartition(_END_MARK.strip())
+    if not mark or "".join(content.split()) not in "".join(before.split()):
+        raise ValueError("it leaves out the last message or a part of it, which was to be continued")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:

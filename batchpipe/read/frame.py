@@ -50,15 +50,20 @@ def find_text_frame(render: Callable[[str], str], special_tokens: Sequence[str])
     """The frame of `render`, or None if no constant text around the content reproduces every rendered probe.
 
     A template may refuse a probe and still take the rows' own texts: then there is no frame. The RowError of a template
-    that refuses plain words passes through.
+    that refuses all of them passes through.
     """
-    pieces = render(_MARK).split(_MARK)
-    if len(pieces) != 2:
-        return None
-    probes = (*PROBES, *(f"{token} x {token}" for token in special_tokens))
-    try:
-        rendered = [render(probe) for probe in probes]
-    except RowError:
+    probes = (_MARK, *PROBES, *(f"{token} x {token}" for token in special_tokens))
+    rendered: list[str] = []
+    refusals: list[RowError] = []
+    for probe in probes:
+        try:
+            rendered.append(render(probe))
+        except RowError as refusal:
+            refusals.append(refusal)
+    if not rendered:
+        raise refusals[0]
+    pieces = rendered[0].split(_MARK)
+    if refusals or len(pieces) != 2:
         return None
     for strips in (False, True):
         frame = TextFrame(pieces[0], pieces[1], strips)

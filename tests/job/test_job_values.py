@@ -95,6 +95,12 @@ def test_version_is_one() -> None:
             load_job({**MINIMAL, "version": wrong})
 
 
+@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt"])
+def test_what_a_chat_template_is_called_with_is_no_variable(name: str) -> None:
+    with pytest.raises(JobError, match=f"input.template_variables: '{name}' cannot be set; remove it"):
+        load_job(job_with("input", template_variables={"enable_thinking": False, name: True}))
+
+
 def test_template_and_messages_column_exclude_each_other() -> None:
     with pytest.raises(JobError, match="input.template: is set beside messages_column; keep one of them"):
         load_job(job_with("input", template="{a}", messages_column="chat"))

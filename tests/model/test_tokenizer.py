@@ -34,6 +34,18 @@ def test_decodes_as_transformers(tmp_path: Path) -> None:
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
 
 
+def test_what_is_put_before_a_text(tmp_path: Path) -> None:
+    plain = build_tiny_tokenizer(tmp_path / "plain")
+    assert load_tokenizer(plain).beginning_token_ids() == []
+    assert load_tokenizer(build_tiny_tokenizer(tmp_path / "one", adds_begin_token=True)).beginning_token_ids() == [0]
+    content = json.loads((tmp_path / "one" / "tokenizer.json").read_text())
+    begin, text = content["post_processor"]["single"]
+    for pieces, found in (([begin, begin, text, begin], [0, 0]), ([text, begin], [])):
+        content["post_processor"]["single"] = pieces
+        (plain / "tokenizer.json").write_text(json.dumps(content))
+        assert load_tokenizer(plain).beginning_token_ids() == found
+
+
 def test_truncation_and_padding_of_training_are_not_kept(tmp_path: Path) -> None:
     file = build_tiny_tokenizer(tmp_path) / "tokenizer.json"
     content = json.loads(file.read_text())
