@@ -38,6 +38,7 @@ class ErrorCode(StrEnum):
     INVALID_UTF8 = "invalid_utf8"
     INVALID_JSON = "invalid_json"
     NOT_AN_OBJECT = "not_an_object"
+    INVALID_CSV = "invalid_csv"
     LINE_TOO_LONG = "line_too_long"
     BAD_ID = "bad_id"
     DUPLICATE_ID = "duplicate_id"

@@ -43,10 +43,10 @@ class InputSpec(v.Section):
 
     path: Annotated[v.Paths, v.about("File, directory, glob, hf://, s3:// or gs:// address, or a list of these.")]
     format: Annotated[
-        Literal["auto", "jsonl", "parquet", "openai-batch"],
+        Literal["auto", "jsonl", "json", "csv", "tsv", "text", "arrow", "parquet", "openai-batch"],
         v.about(
-            "auto goes by the file's name, and takes JSON lines that are OpenAI's requests for openai-batch; .gz and "
-            ".zst are read too."
+            "auto goes by the file's name (.txt: text, a prompt a line; .feather: arrow), and takes JSON lines that "
+            "are OpenAI's requests for openai-batch; .gz and .zst are read too."
         ),
     ] = "auto"
     id_column: Annotated[

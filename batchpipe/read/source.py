@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ from batchpipe.job.spec import InputSpec
 from batchpipe.read.columns import Carry, RawBatch, Reader, Wanted
 from batchpipe.read.duplicates import SeenIds
 from batchpipe.read.files import find_files
+from batchpipe.read.formats.arrow_files import ArrowFilesReader
 from batchpipe.read.formats.choose import choose_format
+from batchpipe.read.formats.csv_rows import DELIMITERS, check_headers, csv_rows
 from batchpipe.read.formats.hub import HUB_SCHEME, is_saved_dataset, open_hub, open_saved
-from batchpipe.read.formats.jsonl import JsonlReader
+from batchpipe.read.formats.json_array import json_rows
+from batchpipe.read.formats.json_lines import line_rows
 from batchpipe.read.formats.openai_batch import OpenAIBatchReader, holds_requests
 from batchpipe.read.formats.parquet import ParquetReader
+from batchpipe.read.formats.plain_text import plain_rows
+from batchpipe.read.formats.text_rows import Parse, TextReader
 from batchpipe.types import Carried, ErrorCode, FailedRow, Row, RowKey
 
 logger = logging.getLogger(__name__)
@@ -142,7 +148,17 @@ def _open_reader(wanted: Wanted, exclude: Path | None) -> Reader:
     files, kind = choose_format(find_files(paths, exclude), spec.format)
     if kind == "openai-batch" or (spec.format == "auto" and kind == "jsonl" and holds_requests(files, spec)):
         return OpenAIBatchReader(files, wanted)
-    return (JsonlReader if kind == "jsonl" else ParquetReader)(files, wanted)
+    if kind in ("arrow", "parquet"):
+        return (ArrowFilesReader if kind == "arrow" else ParquetReader)(files, wanted)
+    if kind in DELIMITERS:
+        check_headers(files, spec.max_line_bytes, DELIMITERS[kind])
+        return TextReader(files, wanted, partial(csv_rows, delimiter=DELIMITERS[kind]))
+    parsers: dict[str, Parse] = {
+        "jsonl": line_rows,
+        "json": json_rows,
+        "text": partial(plain_rows, column=spec.prompt_column),
+    }
+    return TextReader(files, wanted, parsers[kind])
 
 
 def _file_row(batch: RawBatch, offset: int) -> str:

@@ -57,7 +57,7 @@ def job_with(section: str, **keys: Any) -> dict[str, Any]:
         ("model", "revision", 12, "12 is not null or a nonempty string"),
         ("model", "dtype", "int8", "'int8' is not one of 'auto', 'bfloat16', 'float16', 'float32'"),
         ("input", "path", [], "[] is not a path, or a nonempty list of paths"),
-        ("input", "format", "csv", "'csv' is not one of 'auto', 'jsonl', 'parquet'"),
+        ("input", "format", "orc", "'orc' is not one of 'auto', 'jsonl', 'json', 'csv'"),
         ("input", "limit", 0, "0 is not null or an integer >= 1"),
         ("input", "max_line_bytes", "0MiB", "'0MiB' is not a size above zero"),
         ("predict", "method", 3, "3 is not a nonempty string"),

@@ -13,7 +13,7 @@ import zstandard
 
 from batchpipe.errors import InputError, JobError
 from batchpipe.job.spec import InputSpec
-from batchpipe.read.formats.jsonl import SAMPLE_ROWS
+from batchpipe.read.formats.text_rows import SAMPLE_ROWS
 from batchpipe.read.source import Source, open_source
 from batchpipe.types import ErrorCode, FailedRow, Row
 

@@ -11,7 +11,21 @@ from batchpipe.read.files import InputFile
 
 logger = logging.getLogger(__name__)
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".txt": "text",
+}
+# Beside rows of the first kinds, files of the later ones are seldom rows: settings, lists of names, licences.
+_LIKELIHOODS = ({"jsonl", "parquet", "arrow"}, {"csv", "tsv", "json"}, {"text"})
+_OF_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # beside their rows
 _NAMED_AT_MOST = 3  # files that a message lists
 
 
@@ -24,7 +38,10 @@ def choose_format(files: Sequence[InputFile], format_name: str) -> tuple[list[In
     """
     kinds = {file.path: _format_of(file) for file in files}
     wanted = {kind for kind in kinds.values() if kind is not None}
-    if format_name != "auto":
+    if format_name == "auto":
+        likely = next((wanted & group for group in _LIKELIHOODS if wanted & group), wanted)
+        wanted = likely | {kind for file in files if file.named and (kind := kinds[file.path]) is not None}
+    else:
         # A name that tells nothing is believed to have the job's format if no file has a name that tells it.
         wanted &= {"jsonl" if format_name == "openai-batch" else format_name}
         if not wanted:
@@ -49,5 +66,5 @@ def choose_format(files: Sequence[InputFile], format_name: str) -> tuple[list[In
 
 
 def _format_of(file: InputFile) -> str | None:
-    name = file.path.lower().removesuffix(".gz").removesuffix(".zst")
-    return FORMATS.get(PurePosixPath(name).suffix)
+    name = PurePosixPath(file.path.lower().removesuffix(".gz").removesuffix(".zst"))
+    return None if name.name in _OF_DATASETS and not file.named else FORMATS.get(name.suffix)

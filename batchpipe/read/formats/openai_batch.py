@@ -19,8 +19,9 @@ from batchpipe.job.explain import shown
 from batchpipe.job.spec import InputSpec
 from batchpipe.read.columns import RawBatch, Wanted
 from batchpipe.read.files import InputFile, file_names
-from batchpipe.read.formats.json_lines import open_lines, parse_lines
-from batchpipe.read.formats.jsonl import SAMPLE_ROWS, JsonlReader
+from batchpipe.read.formats.json_lines import line_rows, parse_lines
+from batchpipe.read.formats.line_file import open_lines
+from batchpipe.read.formats.text_rows import SAMPLE_ROWS, TextReader
 from batchpipe.read.openai_body import CHAT_URL, COMPLETIONS_URL, row_values
 from batchpipe.types import ErrorCode
 
@@ -49,7 +50,7 @@ class OpenAIBatchReader:
 
     def __init__(self, files: Sequence[InputFile], wanted: Wanted) -> None:
         spec = wanted.spec.model_copy(update={"id_column": ID})
-        self._lines = JsonlReader(files, Wanted(spec, "none", frozenset([BODY])))
+        self._lines = TextReader(files, Wanted(spec, "none", frozenset([BODY])), line_rows)
         self.fingerprint: str = self._lines.fingerprint
         sample = list(itertools.islice(self._first_lines(), SAMPLE_ROWS))
         if not sample:

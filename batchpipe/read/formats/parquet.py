@@ -5,7 +5,7 @@ Folder names such as `year=2026/month=3` (Hive partitions) are columns too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import unquote
 
@@ -17,7 +17,7 @@ from batchpipe.errors import InputError
 from batchpipe.read.columns import BATCH_ROWS, RawBatch, Wanted
 from batchpipe.read.files import InputFile, file_names
 from batchpipe.read.formats.arrow import ArrowColumns, check_once
-from batchpipe.read.formats.promote import promoted_schema
+from batchpipe.read.formats.promote import check_same_columns, promoted_schema
 
 _READ_BYTES = 1 << 20  # pages are read through a buffer of this size, so that a huge row group is never held whole
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # how Hive writes null in the name of a folder
@@ -40,7 +40,7 @@ class ParquetReader:
         self._stored = sorted(names - set(self._partitions.schema.names))
         exactly = wanted.carry == "all"
         for file, found in zip(files, schemas, strict=True):
-            _check_same(file, found.names, schema.names if exactly else names, exactly, first=files[0])
+            check_same_columns(file, found.names, schema.names if exactly else names, exactly, first=files[0])
         self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(file.fingerprint(name) for file, name in self._files))
 
     @property
@@ -76,18 +76,6 @@ class ParquetReader:
                 )
             schema = schema.append(column)
         return schema
-
-
-def _check_same(
-    file: InputFile, available: Collection[str], used: Collection[str], exactly: bool, first: InputFile
-) -> None:
-    """Checks that `file` has the columns `used`, and with `exactly` no others."""
-    missing = set(used) - set(available)
-    extra = set(available) - set(used) if exactly else set()
-    if missing or extra:
-        name = sorted(missing | extra)[0]
-        lacking, having = (file, first) if missing else (first, file)
-        raise InputError(f"input.path: column {name!r} is in {having.path}, but not in {lacking.path}")
 
 
 @contextmanager

@@ -7,12 +7,13 @@ say that an inner field is never null, and whole numbers with gaps are doubles: 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pyarrow as pa
 from pyarrow import types
 
 from batchpipe.errors import InputError
+from batchpipe.read.files import InputFile
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,18 @@ def cast_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         return chosen.cast(schema)
     except pa.ArrowInvalid:
         return chosen.cast(schema, safe=False)
+
+
+def check_same_columns(
+    file: InputFile, available: Collection[str], used: Collection[str], exactly: bool, first: InputFile
+) -> None:
+    """Raises InputError unless `file` has the columns `used`, and with `exactly` no others."""
+    missing = set(used) - set(available)
+    extra = set(available) - set(used) if exactly else set()
+    if missing or extra:
+        name = sorted(missing | extra)[0]
+        lacking, having = (file, first) if name in missing else (first, file)
+        raise InputError(f"input.path: column {name!r} is in {having.path}, but not in {lacking.path}")
 
 
 def _common_type(name: str, found: dict[pa.DataType, str]) -> pa.DataType:

@@ -1,23 +1,24 @@
-"""JSON Lines: each line must be one JSON object; any other line is a failed row.
+"""Rows of text: JSON lines and arrays, CSV, plain lines. What cannot be read as a row is a failed row.
 
 The columns are those of the first `SAMPLE_ROWS` rows. A column that appears only later can be used by a template or as
-a prompt, but is not carried to the output. If a line holds a key twice, JSON readers disagree on which value counts:
-the line fails if the key is the id's or one that prompts need, else the last value counts.
+a prompt, but is not carried to the output. If an object of JSON holds a key twice, JSON readers disagree on which value
+counts: the row fails if the key is the id's or one that prompts need, else the last value counts.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 import pyarrow as pa
 import xxhash
 
-from batchpipe.errors import RowError
 from batchpipe.read.columns import RawBatch, Wanted, check_present
 from batchpipe.read.files import InputFile, file_names
 from batchpipe.read.formats.json_columns import infer_columns
-from batchpipe.read.formats.json_lines import JsonRow, LineFile, open_lines, parse_lines
+from batchpipe.read.formats.json_lines import JsonRow
+from batchpipe.read.formats.line_file import LineFile, Parsed, open_lines
 from batchpipe.read.nested import root_of
 
 SAMPLE_ROWS = 1_000
@@ -25,12 +26,23 @@ SAMPLE_ROWS = 1_000
 logger = logging.getLogger(__name__)
 
 
-class JsonlReader:
-    """A `Reader` of JSONL files, in their order."""
+class Parse(Protocol):
+    """The rows of one open file, whose format the function knows.
 
-    def __init__(self, files: Sequence[InputFile], wanted: Wanted) -> None:
+    A row of more than `max_row_bytes` is a fault, and so is one that names a column of `once` twice. Raises InputError
+    if the file as a whole cannot be read.
+    """
+
+    def __call__(self, file: LineFile, name: str, max_row_bytes: int, once: Collection[str], /) -> Iterator[Parsed]: ...
+
+
+class TextReader:
+    """A `Reader` of text files of one format, in their order."""
+
+    def __init__(self, files: Sequence[InputFile], wanted: Wanted, parse: Parse) -> None:
+        self._parse = parse
         self._files = list(zip(files, file_names(files), strict=True))
-        self._max_line_bytes = wanted.spec.max_line_bytes
+        self._max_row_bytes = wanted.spec.max_line_bytes
         self._total_bytes = sum(file.size_bytes for file in files)
         self._consumed_bytes = 0
         self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(file.fingerprint(name) for file, name in self._files))
@@ -79,15 +91,8 @@ class JsonlReader:
                         return sample[:SAMPLE_ROWS]
         return sample
 
-    def _parsed(
-        self, lines: LineFile, name: str, once: Collection[str]
-    ) -> Iterator[tuple[list[JsonRow], dict[int, RowError]]]:
-        first_line = 1
-        for block in lines.blocks(self._max_line_bytes):
-            rows, faults = parse_lines(block, first_line, name, once)
-            if rows:
-                yield rows, faults
-            first_line += len(block)
+    def _parsed(self, lines: LineFile, name: str, once: Collection[str]) -> Iterator[Parsed]:
+        return (parsed for parsed in self._parse(lines, name, self._max_row_bytes, once) if parsed[0])
 
     def _carry(self, rows: Sequence[JsonRow], file_name: str, first_row: int) -> pa.RecordBatch:
         """The carried columns of `rows`. A value that does not fit its column's type is null, with one warning."""
