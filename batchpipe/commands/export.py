@@ -16,8 +16,7 @@ from batchpipe.job.strict_yaml import read_yaml
 from batchpipe.model.resolve import resolve_model
 from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
 from batchpipe.write.commit import IDENTITY_KEY
-from batchpipe.write.folder import COMPLETIONS, SUCCESS
-from batchpipe.write.place import STATE, Place, open_place
+from batchpipe.write.place import COMPLETIONS, STATE, SUCCESS, Place, open_place
 
 EXPORTS = "_export"  # the underscore keeps readers of the output folder from it
 

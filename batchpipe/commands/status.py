@@ -8,9 +8,9 @@ from typing import Any
 from batchpipe.errors import OutputError
 from batchpipe.report.metrics import read_metrics
 from batchpipe.write.commit import read_commits
-from batchpipe.write.folder import COMMITS, SUCCESS
+from batchpipe.write.folder import COMMITS
 from batchpipe.write.lock import holder
-from batchpipe.write.place import STATE, open_place
+from batchpipe.write.place import STATE, SUCCESS, open_place
 from batchpipe.write.remote_lock import remote_holder
 from batchpipe.write.row_set import RowCounts
 

@@ -1,8 +1,8 @@
 """A job's identity: the part of the resolved job that changes the output, and nothing about how it is run.
 
 The sections `predict`, `plan` and `engine` are left out, and so are `name`, `input.path` (the input's fingerprint
-identifies its files, wherever they are) and all of `output` but `columns`. So a job can be continued on another machine
-and with parts of another size.
+identifies its files, wherever they are) and all of `output` but what decides its columns. So a job can be continued on
+another machine and with parts of another size.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def identity(job: Job, *, model_revision: str, dtype: str, input_fingerprint: st
     """
     sections = job.model_dump(mode="json", include={"model", "input", "sampling"}, exclude={"input": {"path"}})
     output = job.model_dump(mode="json")["output"]
-    sections["output"] = {key: output[key] for key in ("columns", "reasoning")}
+    sections["output"] = {key: output[key] for key in ("columns", "prefix", "reasoning")}
     sections["model"] |= {"revision": model_revision, "dtype": dtype}
     sections["input"] |= {
         "fingerprint": input_fingerprint,

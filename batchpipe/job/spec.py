@@ -182,6 +182,10 @@ class OutputSpec(v.Section):
 
     path: Annotated[v.Name, v.about("Folder of this job's output; running the job again continues it.")]
     columns: Annotated[v.Columns, v.about("Input columns carried through with their exact types.")] = "all"
+    prefix: Annotated[
+        v.OptionalName,
+        v.about("Put before the name of a carried column that is also one of the completions', such as input_."),
+    ] = None
     reasoning: Annotated[
         v.Reasoning,
         v.about(

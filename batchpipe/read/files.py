@@ -19,9 +19,11 @@ import xxhash
 from pyarrow import fs
 
 from batchpipe.errors import InputError
+from batchpipe.write.place import COMPLETIONS, STATE, SUCCESS
 
 FINGERPRINT_BYTES = 65_536  # read from the beginning of a file, and from its end
 _WILDCARD = re.compile(r"[*?\[]")
+_OPTIONS = re.compile(r"\?\w+=[^&/]*(&\w+=[^&/]*)*$")  # of a connection, at the end of an address
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +94,18 @@ def file_names(files: Sequence[InputFile]) -> list[str]:
 
 
 def _expand(path: str, exclude: Path | None) -> list[InputFile]:
+    options = _OPTIONS.search(path) if "://" in path else None
+    path, query = (path[: options.start()], options[0]) if options else (path, "")
     with _file_errors("read", path):
-        filesystem, literal = _locate(path)
+        filesystem, literal = _locate(path, query)
         info = filesystem.get_file_info(literal)
         if info.type == fs.FileType.File:
             return [_input_file(filesystem, info, literal.rpartition("/")[0], named=True)]
         wild = _WILDCARD.search(literal)
         if info.type == fs.FileType.Directory:
             _check_leaves_out(exclude, path, literal, [])
-            found = _walk(filesystem, literal, literal)
+            folder = _rows_folder(filesystem, literal, path)
+            found = _walk(filesystem, folder, folder)
         elif wild is not None:
             base = literal[: wild.start()].rpartition("/")[0]
             segments = literal[len(base) + 1 :].split("/")
@@ -113,7 +118,20 @@ def _expand(path: str, exclude: Path | None) -> list[InputFile]:
     return found
 
 
-def _locate(path: str) -> tuple[fs.FileSystem, str]:
+def _rows_folder(filesystem: fs.FileSystem, folder: str, path: str) -> str:
+    """The folder with the rows: of an output of ours its completions, else `folder`; InputError if some are missing."""
+    state, success = filesystem.get_file_info([f"{folder}/{STATE}", f"{folder}/{SUCCESS}"])
+    if state.type != fs.FileType.Directory:
+        return folder
+    if success.type != fs.FileType.File:
+        raise InputError(
+            f"input.path: {path} is the output of a job that is not finished; finish it with `batchpipe run`, or name "
+            f"{path.rstrip('/')}/{COMPLETIONS} to read the rows that are there"
+        )
+    return f"{folder}/{COMPLETIONS}"
+
+
+def _locate(path: str, query: str) -> tuple[fs.FileSystem, str]:
     if "://" not in path:
         return fs.LocalFileSystem(), os.path.abspath(path)
     wild = _WILDCARD.search(path)
@@ -122,9 +140,10 @@ def _locate(path: str) -> tuple[fs.FileSystem, str]:
         base, _, pattern = path[: wild.start()].rpartition("/")
         pattern += path[wild.start() :]
     try:
-        filesystem, literal = fs.FileSystem.from_uri(base)
+        filesystem, literal = fs.FileSystem.from_uri(base + query)
     except ValueError as error:
-        raise InputError(f"input.path: {path} is no address that can be read: {error}") from error
+        hint = "; download it and name the file" if path.startswith(("http://", "https://")) else ""
+        raise InputError(f"input.path: {path} is no address that can be read: {error}{hint}") from error
     return filesystem, f"{literal}/{pattern}" if pattern else literal
 
 

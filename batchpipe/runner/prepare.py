@@ -167,7 +167,12 @@ def prepare(job: Job, *, device: str | None = None, needs_weights: bool = True) 
         raise JobError("sampling.column: the input's requests bring their own settings; remove it")
     rows_choose = source.brings_requests or job.sampling.column is not None
     with_logprobs = job.sampling.logprobs > 0 or rows_choose
-    schema = completions_schema(source.carried_schema, with_logprobs, with_reasoning=job.output.reasoning is not None)
+    schema = completions_schema(
+        source.carried_schema,
+        with_logprobs,
+        with_reasoning=job.output.reasoning is not None,
+        prefix=job.output.prefix,
+    )
     model = resolve_model(job.model, needs_weights=needs_weights)
     trusted = job.model.trust_remote_code
     info = describe_model(

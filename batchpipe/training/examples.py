@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from batchpipe.read.render import Renderer, needed_columns
 from batchpipe.read.source import open_source
 from batchpipe.read.tokenize import tokenized
 from batchpipe.types import BoolArray, FailedRow, FinishReason, Int32Array, Row
-from batchpipe.write.folder import COMPLETIONS
+from batchpipe.write.place import COMPLETIONS
 
 _LENGTH_COLUMNS = ("completion_tokens", "out_tok")
 _REASON_COLUMN = "finish_reason"
@@ -69,16 +67,12 @@ def _rows(
     parts = source / COMPLETIONS
     path = str(parts if parts.is_dir() else source)
     spec = input_spec.model_copy(update={"path": (path,), "format": "auto", "id_column": None, "limit": None})
-    # An output holds the messages of a JSONL input as JSON text, a type that the check of columns refuses for messages:
-    # so the sources are opened as if prompts came from a template.
-    as_template = {} if spec.messages_column is None else {"messages_column": None, "template": ""}
-    columns = spec.model_copy(update=as_template)
     of_prompt = needed_columns(spec, sampling_column=None)
-    available = open_source(columns, carry="all", needed=of_prompt).carried_schema.names
+    available = open_source(spec, carry="all", needed=of_prompt).carried_schema.names
     length_column = length_column or next((name for name in _LENGTH_COLUMNS if name in available), _LENGTH_COLUMNS[0])
     needed = of_prompt | {length_column} | ({_REASON_COLUMN} & set(available))
-    rows = open_source(columns, carry="none", needed=needed).rows()
-    usable = (_with_messages(row, spec.messages_column) for row in rows if _has_length(row, length_column))
+    rows = open_source(spec, carry="none", needed=needed).rows()
+    usable = (row for row in rows if _has_length(row, length_column))
     for row, prompt in tokenized(usable, Renderer(spec, tokenizer)):
         if isinstance(row, Row) and isinstance(prompt, list) and prompt:
             yield np.array(prompt, np.int32), row.values[length_column], row.values.get(_REASON_COLUMN)
@@ -87,12 +81,3 @@ def _rows(
 def _has_length(row: Row | FailedRow, length_column: str) -> bool:
     value = row.values.get(length_column) if isinstance(row, Row) else None
     return type(value) is int and value >= 1
-
-
-def _with_messages(row: Row | FailedRow, column: str | None) -> Row | FailedRow:
-    """The row with messages that were written as JSON text parsed again; text that is no JSON is refused later."""
-    if not isinstance(row, Row) or column is None or not isinstance(row.values[column], str):
-        return row
-    with contextlib.suppress(json.JSONDecodeError):
-        return replace(row, values={**row.values, column: json.loads(row.values[column])})
-    return row

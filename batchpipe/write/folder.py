@@ -19,11 +19,9 @@ from batchpipe.write.commit import CommitLog, PartRecord, commit_part
 from batchpipe.write.crash import crash_point
 from batchpipe.write.durable import writing
 from batchpipe.write.lock import PlaceLock
-from batchpipe.write.place import STATE, Place
+from batchpipe.write.place import COMPLETIONS, STATE, SUCCESS, Place
 from batchpipe.write.row_set import Int64Array, RowCounts, RowSet
 
-COMPLETIONS = "completions"
-SUCCESS = "_SUCCESS"
 COMMITS = "commits.jsonl"
 PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 

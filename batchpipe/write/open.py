@@ -18,9 +18,9 @@ from batchpipe.errors import OutputError
 from batchpipe.job.identity import Identity, difference
 from batchpipe.write.commit import IDENTITY_KEY, PartRecord, describe_part
 from batchpipe.write.durable import writing
-from batchpipe.write.folder import COMMITS, COMPLETIONS, PART_NAME, OutputFolder, to_json
+from batchpipe.write.folder import COMMITS, PART_NAME, OutputFolder, to_json
 from batchpipe.write.lock import FolderLock
-from batchpipe.write.place import STATE, Place, open_place
+from batchpipe.write.place import COMPLETIONS, STATE, Place, open_place
 from batchpipe.write.remote_lock import RemoteLock
 from batchpipe.write.row_log import read_log
 from batchpipe.write.row_set import summarize

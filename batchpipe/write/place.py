@@ -22,6 +22,8 @@ from batchpipe.job.cache_folder import cache_folder
 from batchpipe.write.durable import publish, write_whole, writing
 
 STATE = "_batchpipe"
+COMPLETIONS = "completions"
+SUCCESS = "_SUCCESS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,12 @@ def open_place(path: str | Path) -> Place:
         absolute = Path(address).absolute()
         return Place(str(path), fs.LocalFileSystem(), str(absolute), absolute / STATE)
     shown = address.partition("?")[0].rstrip("/")  # without the connection's options, which may hold a password
+    if address.startswith("hf://"):
+        repository = "/".join(shown.removeprefix("hf://").removeprefix("datasets/").split("/")[:2])
+        raise OutputError(
+            f"output.path: {shown} cannot be written to while a job runs: the hub takes too few commits an hour; write "
+            f"to a folder, then `hf upload {repository} FOLDER/{COMPLETIONS} data --repo-type dataset`."
+        )
     try:
         filesystem, base = fs.FileSystem.from_uri(address)
     except (ValueError, OSError, pa.ArrowException) as error:

@@ -43,34 +43,43 @@ _REASONING_FIELD = pa.field("reasoning", pa.string(), metadata={"batchpipe": "re
 RESERVED_COLUMNS = frozenset(field.name for field in (*_OWN_FIELDS, _LOGPROBS_FIELD))
 
 
-def completions_schema(carried: pa.Schema, with_logprobs: bool, *, with_reasoning: bool = False) -> pa.Schema:
+def completions_schema(
+    carried: pa.Schema, with_logprobs: bool, *, with_reasoning: bool = False, prefix: str | None = None
+) -> pa.Schema:
     """The schema of every part: our columns, then the carried ones with their exact types.
 
-    Raises JobError if a carried column has a name of ours or a type that Parquet lacks.
+    `prefix` is put before a carried name that is one of ours. Raises JobError if a carried column has a name of ours or
+    a type that Parquet lacks.
     """
-    check_no_clash(carried)
+    reserved = RESERVED_COLUMNS | ({_REASONING_FIELD.name} if with_reasoning else frozenset())
+    carried = pa.schema([_carried_field(field, reserved, prefix) for field in carried])
+    check_no_clash(carried, reserved)
     for field in carried:
         _check_storable(field)
-    if with_reasoning and "reasoning" in carried.names:
-        raise JobError(_clash("reasoning"))
     optional = [*([_LOGPROBS_FIELD] if with_logprobs else []), *([_REASONING_FIELD] if with_reasoning else [])]
     return pa.schema([*_OWN_FIELDS, *optional, *carried])
 
 
-def check_no_clash(carried: pa.Schema) -> None:
+def check_no_clash(carried: pa.Schema, reserved: frozenset[str] = RESERVED_COLUMNS) -> None:
     """Raises JobError if a carried column has the name of one of ours, or two carried columns share a name."""
     for name in carried.names:
-        if name in RESERVED_COLUMNS:
-            raise JobError(_clash(name))
+        if name in reserved:
+            raise JobError(
+                f"output.columns: the input column {name!r} has the name of a column of the completions; write "
+                f"`prefix: input_` under `output` to carry it as 'input_{name}', or list the columns to carry in "
+                "output.columns without it."
+            )
         if carried.names.count(name) > 1:
-            raise JobError(f"output.columns: the input has more than one column {name!r}; rename one of them.")
+            raise JobError(
+                f"output.columns: more than one column {name!r} would be carried; rename one of them in the input, or "
+                "choose another output.prefix if that made the name."
+            )
 
 
-def _clash(name: str) -> str:
-    return (
-        f"output.columns: the input column {name!r} has the name of a column of the completions; "
-        "list the columns to carry in output.columns without it, or rename it in the input."
-    )
+def _carried_field(field: pa.Field, reserved: frozenset[str], prefix: str | None) -> pa.Field:
+    if b"batchpipe" in (field.metadata or {}):
+        field = field.remove_metadata()  # the mark of a column of ours, of the run whose output this input is
+    return field.with_name(prefix + field.name) if prefix is not None and field.name in reserved else field
 
 
 def _check_storable(field: pa.Field) -> None:
@@ -100,7 +109,8 @@ def to_batch(outcomes: Sequence[Outcome], schema: pa.Schema) -> pa.RecordBatch:
     if len(schema) > num_own:
         taken = [_take_carried(group) for group in groups.values()]
         carried = taken[0] if len(taken) == 1 else pa.concat_batches(taken)
-        assert carried.schema.names == schema.names[num_own:], "carried columns differ from the schema's"
+        names = zip(schema.names[num_own:], carried.schema.names, strict=True)
+        assert all(name.endswith(given) for name, given in names), "carried columns differ from the schema's"
         arrays += carried.columns
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 

@@ -79,6 +79,7 @@ def test_a_name_with_wildcards_that_exists_is_that_file(tmp_path: Path) -> None:
         ("nope/*.jsonl", "cannot read .*nope"),
         ("empty", "nothing to read in"),
         ("ftp://host/x", "is no address that can be read"),
+        ("https://host/x.parquet", "is no address that can be read.*download it and name the file"),
         ("hf://onlyname", "is not of the form hf://organisation/name/config/split"),
     ],
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import datasets
@@ -94,5 +97,68 @@ def test_a_hub_name_is_streamed_at_one_revision(hub: list[tuple[Any, ...]]) -> N
 
 
 def test_a_hub_name_that_is_not_there(hub: list[tuple[Any, ...]]) -> None:
-    with pytest.raises(InputError, match="hf://owner/other/train cannot be opened: owner/other is not on the hub"):
+    with pytest.raises(InputError, match="hf://owner/other/train cannot be read: owner/other is not on the hub"):
         source_of("hf://owner/other/train")
+
+
+@pytest.fixture
+def refusing_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that knows no dataset, and refuses those of `gated`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_gated = "/gated/" in self.path
+            self.send_response(403 if is_gated else 404)
+            self.send_header("X-Error-Code", "GatedRepo" if is_gated else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address_hub_at(monkeypatch, server.server_port)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def address_hub_at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", f"http://127.0.0.1:{port}", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def test_what_the_hub_refuses_says_what_to_do(refusing_hub: None) -> None:
+    with pytest.raises(InputError, match="check the name, or set HF_TOKEN if the dataset is private"):
+        source_of("hf://nobody/nothing/train")
+    with pytest.raises(InputError, match="accept the dataset's terms .* set HF_TOKEN"):
+        source_of("hf://gated/name/train")
+
+
+def test_no_network_and_no_file_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        port = server.server_port
+    address_hub_at(monkeypatch, port)
+    with pytest.raises(InputError, match="hf://owner/name/train cannot be read.*the hub is out of reach"):
+        source_of("hf://owner/name/train")
+    with pytest.raises(InputError, match="name a split, such as hf://owner/name/train"):
+        source_of("hf://datasets/owner/name/data/train.parquet")
+
+
+def test_a_network_that_fails_between_rows(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    source = source_of("hf://owner/name/train")
+    network_error = HfHubHTTPError.__bases__[0]
+
+    def failing(*_: object, **__: object) -> Iterator[pa.Table]:
+        yield pa.table({"id": ["a"], "prompt": ["x"], "n": [1]})
+        raise network_error("connection reset")
+
+    monkeypatch.setattr(source._reader._dataset, "iter", failing)  # type: ignore[attr-defined]
+    rows = source.rows()
+    assert next(rows).key.row_id == "a"
+    with pytest.raises(InputError, match="connection reset; the hub is out of reach"):
+        next(rows)

@@ -16,7 +16,7 @@ import pytest
 
 import batchpipe
 from batchpipe.commands.validate import validate_job
-from batchpipe.errors import InterruptedRunError, JobError, ModelError, OutputError, TooManyFailedError
+from batchpipe.errors import InputError, InterruptedRunError, JobError, ModelError, OutputError, TooManyFailedError
 from batchpipe.job import load_job
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.fake import FakePipeline
@@ -259,3 +259,36 @@ def test_a_column_named_like_ours_is_refused_by_validate_too(tmp_path: Path) -> 
     with pytest.raises(JobError, match="status"):
         validate_job(load_job(job))
     assert run_job(job, {"output.columns": "none"}, open_pipelines=open_fake).exit_code == 0
+
+
+def test_the_output_of_a_job_is_the_input_of_the_next(tmp_path: Path) -> None:
+    run_job(job_of(tmp_path, good_rows(20)), open_pipelines=open_fake)
+    first = tmp_path / "output"
+    job = job_of(tmp_path, [], input={"path": str(first), "prompt_column": "completion"})
+    job["output"] = {"path": str(tmp_path / "next")}
+    with pytest.raises(JobError, match="'row_id' has the name .* write `prefix: input_` under `output`"):
+        run_job(job, open_pipelines=open_fake)
+    job["output"]["prefix"] = "input_"
+    table = run_job(job, open_pipelines=open_fake).table()
+    assert table["row_id"].to_pylist() == table["input_row_id"].to_pylist()
+    before = {row["id"]: row for row in pq.read_table(first / "completions").to_pylist()}
+    after = {row["id"]: row for row in table.to_pylist()}
+    assert sorted(after) == sorted(before) == sorted(f"r{i}" for i in range(20))
+    for row_id, row in after.items():
+        assert (row["input_completion"], row["topic"]) == (before[row_id]["completion"], before[row_id]["topic"])
+    third = job | {
+        "input": job["input"] | {"path": str(tmp_path / "next")},
+        "output": {"path": str(tmp_path / "third")},
+    }
+    third["output"] |= {"prefix": "second_"}
+    assert {"input_completion", "second_completion"} < set(
+        run_job(third, open_pipelines=open_fake).table().column_names
+    )
+
+
+def test_an_output_that_is_not_finished_is_no_input(tmp_path: Path) -> None:
+    run_job(job_of(tmp_path, good_rows(3)), open_pipelines=open_fake)
+    (tmp_path / "output" / "_SUCCESS").unlink()
+    job = job_of(tmp_path, [], input={"path": str(tmp_path / "output")}, output={"path": str(tmp_path / "next")})
+    with pytest.raises(InputError, match="is the output of a job that is not finished"):
+        run_job(job, open_pipelines=open_fake)

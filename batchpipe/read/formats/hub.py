@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import xxhash
@@ -44,7 +45,12 @@ class DatasetReader:
 
     def batches(self) -> Iterator[RawBatch]:
         self._rows_read = 0
-        for table in self._dataset.iter(batch_size=BATCH_ROWS):
+        tables = self._dataset.iter(batch_size=BATCH_ROWS)
+        while True:
+            with _hub_errors(self._name):
+                table = next(tables, None)
+            if table is None:
+                return
             for batch in table.to_batches():
                 yield self._columns.raw_batch(batch, self._name, self._rows_read + 1)
                 self._rows_read += batch.num_rows
@@ -79,19 +85,42 @@ def open_hub(address: str, wanted: Wanted) -> DatasetReader:
     from huggingface_hub import HfApi
 
     parts = address.removeprefix(HUB_SCHEME).split("/")
+    if parts[0] == "datasets" and len(parts) > 2:
+        split = f"{HUB_SCHEME}{parts[1]}/{parts[2]}/train"
+        raise InputError(f"input.path: {address} names a repository or a file of it; name a split, such as {split}")
     if not 2 <= len(parts) <= 4 or not all(parts):
         raise InputError(f"input.path: {address} is not of the form hf://organisation/name/config/split")
     *path, split = parts
     name, config = "/".join(path[:2]), path[2] if len(path) == 3 else None
-    try:
+    with _hub_errors(address):
         revision = HfApi(token=os.environ.get("HF_TOKEN")).dataset_info(name).sha
         dataset = load_dataset(name, config, split=split, revision=revision, streaming=True)
         if dataset.features is None:
             dataset = dataset._resolve_features()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"input.path: {address} cannot be opened: {reason}") from error
     fingerprint = xxhash.xxh3_128_hexdigest(f"{name}\0{config}\0{split}\0{revision}".encode())
     known = (dataset.info.splits or {}).get(split)
     num_rows = known.num_examples if known is not None else None
     return DatasetReader(dataset, address, fingerprint, num_rows, wanted)
+
+
+@contextmanager
+def _hub_errors(address: str) -> Iterator[None]:
+    """Turns what the hub refuses, or the network, into an InputError that says what to do."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    # The errors of the HTTP client, which differs between the hub's versions.
+    of_network = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, *of_network) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        message = f"input.path: {address} cannot be read: {reason}"
+        if isinstance(error, GatedRepoError):
+            hint = "; accept the dataset's terms on its page of the hub, and set HF_TOKEN to a token of that account"
+        elif isinstance(error, RepositoryNotFoundError):
+            hint = "; check the name, or set HF_TOKEN if the dataset is private"
+        elif isinstance(error, (ConnectionError, TimeoutError, *of_network)) and not isinstance(error, HfHubHTTPError):
+            hint = "; the hub is out of reach: try again with a network, or name files that were downloaded before"
+        else:
+            hint = ""
+        raise InputError(message + hint) from error
