@@ -27,10 +27,10 @@ _SPEAKERS = {
 def checked_messages(value: Any, column: str) -> list[Message]:
     """The messages of a list of {role, content}; RowError (MISSING_PROMPT, INVALID_MESSAGES) if `value` is none.
 
-    The list may also come as ShareGPT's {from, value}, as JSON text, as a struct of lists (`datasets`' Sequence of a
-    struct), as a list of maps or as one message alone. Content given in parts must be text, and the parts are joined by
-    line ends. Null fields are left out at any depth; only a message of tool calls may lack content. Arguments of a tool
-    call that are a JSON object as text, as in OpenAI's form, become that object.
+    It may also come as ShareGPT's {from, value}, as {input, output} of each exchange, as JSON text, as a struct of
+    lists (`datasets`' Sequence of a struct), as a list of maps or as one message alone. Content given in parts must be
+    text, and the parts are joined by line ends. Null fields are left out at any depth; only a message of tool calls may
+    lack content. Arguments of a tool call that are a JSON object as text, as in OpenAI's form, become that object.
     """
     if value is None:
         raise RowError(ErrorCode.MISSING_PROMPT, f"column {column!r} is missing or null")
@@ -38,11 +38,19 @@ def checked_messages(value: Any, column: str) -> list[Message]:
     if isinstance(value, str):
         hint = f"write `prompt_column: {column}` under `input` if it holds prompts of plain text"
         _refuse(f"column {column!r} holds a str, not a list of {{role, content}}; {hint}")
+    if isinstance(value, list) and value and all(map(_is_exchange, value)):
+        turns = (("user", "input"), ("assistant", "output"))
+        value = [{"role": role, "content": exchange[name]} for exchange in value for role, name in turns]
     if not isinstance(value, list):
         _refuse(f"column {column!r} holds a {type(value).__name__}, not a list of {{role, content}}")
     if not value:
         _refuse(f"column {column!r} holds no messages")
     return [_checked(message, number) for number, message in enumerate(value, 1)]
+
+
+def _is_exchange(item: Any) -> bool:
+    """Whether the item is a question with its answer, {input, output}."""
+    return isinstance(item, dict) and "input" in item and "output" in item and not {"role", "from"} & item.keys()
 
 
 def without_last_answer(messages: list[Message]) -> list[Message]:

@@ -98,7 +98,15 @@ def _check_types(schema: pa.Schema, spec: InputSpec, id_column: str | None, wher
         arrow_type = type_at(schema, name)
         accepts, wanted = _ACCEPTED[key]
         if not (accepts(arrow_type) or types.is_null(arrow_type)):
-            raise InputError(f"input.{key}: column {name!r} of {where} is {arrow_type}; it must be {wanted}")
+            hint = f"; write {_as_prompt(name, arrow_type)} under `input`" if key == "prompt_column" else ""
+            raise InputError(f"input.{key}: column {name!r} of {where} is {arrow_type}; it must be {wanted}{hint}")
+
+
+def _as_prompt(name: str, arrow_type: pa.DataType) -> str:
+    """The line of a job that takes a column for prompts which is no text."""
+    if not _is_list_of(arrow_type, types.is_struct):
+        return f'`template: "{{{name}}}"` for its values as text'
+    return f"`messages_column: {name}`"
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:

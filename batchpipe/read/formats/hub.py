@@ -110,9 +110,10 @@ def _hub_errors(address: str) -> Iterator[None]:
 
     # The errors of the HTTP client, which differs between the hub's versions.
     of_network = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    foreign: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *of_network)
     try:
         yield
-    except (OSError, ValueError, RuntimeError, *of_network) as error:
+    except foreign as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         message = f"input.path: {address} cannot be read: {reason}"
         if isinstance(error, GatedRepoError):
