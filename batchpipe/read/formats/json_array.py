@@ -9,8 +9,8 @@ from batchpipe.errors import InputError
 from batchpipe.read.formats.json_lines import line_rows, parse_lines
 from batchpipe.read.formats.line_file import BLOCK_BYTES, LineFile, Parsed
 
-# A text as a whole, a mark outside of texts, or the beginning of a text that has not been read to its end.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+# A text as a whole; or, as the group, a mark outside of texts or the quote of a text that is not read to its end.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|(["\[\]{},])', re.DOTALL)
 _UNENDED = b'"'
 
 
@@ -43,7 +43,9 @@ def _items(file: LineFile, name: str, max_item_bytes: int) -> Iterator[list[byte
         found: list[bytes | None] = []
         start, stop = 0, len(pending)
         for token in _TOKEN.finditer(pending, scanned):
-            mark = token[0]
+            mark = token[1]
+            if mark is None and depth:
+                continue
             if mark == _UNENDED:
                 stop = token.start()
                 break
