@@ -47,7 +47,7 @@ def run_one(settings: dict[str, Any]) -> None:
         # What the command decides for itself is given here, so that every way can be measured.
         offload = OffloadChoice(settings["offload"], "given")
         run_job(job, open_pipelines=lambda placed: open_pipelines(replace(placed, offload=offload), link=link))
-        figures = pq.read_table(f"{folder}/output/metrics.parquet").to_pylist()[-1]
+        figures = pq.read_table(f"{folder}/output/_metrics.parquet").to_pylist()[-1]
         table = pq.read_table(f"{folder}/output/completions").sort_by([("row_index", "ascending")])
     print(json.dumps({key: figures[key] for key in KEYS} | {"texts": table["completion"].to_pylist()}))
 

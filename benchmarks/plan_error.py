@@ -95,7 +95,7 @@ def compare(kind: str, data: Path, model: str) -> dict[str, Any]:
             override = ["--set", f"predict.method={predictor}"]
         plan = batchpipe("plan", job, *override)
         batchpipe("run", job, *override)
-        metrics = pq.read_table(folder / "job" / "metrics.parquet").to_pylist()[-1]
+        metrics = pq.read_table(folder / "job" / "_metrics.parquet").to_pylist()[-1]
     real = metrics["generate_seconds"]
     return {
         "job": kind,

@@ -34,7 +34,7 @@ def run(job: dict[str, Any], overrides: list[str], folder: Path) -> tuple[dict[s
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}")
-    figures = pq.read_table(folder / "output" / "metrics.parquet").to_pylist()[-1]
+    figures = pq.read_table(folder / "output" / "_metrics.parquet").to_pylist()[-1]
     table = pq.read_table(folder / "output" / "completions").sort_by([("row_index", "ascending")])
     return {key: figures[key] for key in KEYS}, table["completion"].to_pylist()
 

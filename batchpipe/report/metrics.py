@@ -1,4 +1,4 @@
-"""`metrics.parquet`: one row for each run of the job."""
+"""`_metrics.parquet`: one row for each run of the job. The underscore hides it from readers of the folder's rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from batchpipe.errors import OutputError
 from batchpipe.write.place import Place
 
-FILE_NAME = "metrics.parquet"
+FILE_NAME = "_metrics.parquet"
+OLD_FILE_NAME = "metrics.parquet"  # of outputs begun before the file had its underscore; read, never written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,7 @@ def append_metrics(folder: Place, metrics: RunMetrics) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     folder.write(FILE_NAME, sink.getvalue().to_pybytes())
+    folder.delete(OLD_FILE_NAME)
 
 
 def read_metrics(folder: Place) -> list[dict[str, Any]]:
@@ -106,7 +108,9 @@ def read_metrics(folder: Place) -> list[dict[str, Any]]:
 
 
 def _read(folder: Place) -> pa.Table:
-    data = folder.read(FILE_NAME)
+    file_name, data = FILE_NAME, folder.read(FILE_NAME)
+    if data is None:
+        file_name, data = OLD_FILE_NAME, folder.read(OLD_FILE_NAME)
     if data is None:
         return METRICS_SCHEMA.empty_table()
     try:
@@ -116,4 +120,4 @@ def _read(folder: Place) -> pa.Table:
                 table = table.append_column(name, pa.nulls(len(table), METRICS_SCHEMA.field(name).type))
             return table.select(METRICS_SCHEMA.names).cast(METRICS_SCHEMA)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise OutputError(f"{folder / FILE_NAME}: cannot be read as metrics ({error}); move it away.") from error
+        raise OutputError(f"{folder / file_name}: cannot be read as metrics ({error}); move it away.") from error

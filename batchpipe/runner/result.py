@@ -34,7 +34,7 @@ _SUMMARY_KEYS = (
 
 @dataclass(frozen=True)
 class Result:
-    """An output folder, the metrics of its last run (keys as in metrics.parquet), and the exit code of the command."""
+    """An output folder, the metrics of its last run (keys as in _metrics.parquet), and the exit code of the command."""
 
     place: Place
     metrics: Mapping[str, Any]

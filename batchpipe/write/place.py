@@ -65,6 +65,12 @@ class Place:
         with _storing(self / name), self.filesystem.open_output_stream(f"{self.base}/{name}") as stream:
             stream.write(data)
 
+    def delete(self, name: str) -> None:
+        """Removes a file, if there is one; OutputError if the disk or the store refuses."""
+        if self.size_bytes(name) is not None:
+            with _storing(self / name):
+                self.filesystem.delete_file(f"{self.base}/{name}")
+
     def publish(self, temporary: Path, name: str) -> None:
         """Gives a synced local file its final name; OutputError if the disk or the store refuses."""
         if self.is_local:

@@ -3,6 +3,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,7 @@ from batchpipe.report.metrics import METRICS_SCHEMA, append_metrics, read_metric
 from batchpipe.types import LinkUse, Outcome, RowStatus, StepResult
 from batchpipe.write.place import open_place
 from tests.report.run_metrics_case import RUN_METRICS
-from tests.write.completion_cases import outcomes_of, sample
+from tests.write.completion_cases import outcomes_of, run_job, sample
 
 NO_TOKENS = np.empty(0, np.int32)
 
@@ -34,23 +35,42 @@ def test_columns_are_those_of_the_contract() -> None:
 def test_each_run_adds_a_row_of_fixed_types(tmp_path: Path) -> None:
     for run_id in ("first", "second"):
         append_metrics(open_place(tmp_path), replace(RUN_METRICS, run_id=run_id))
-    assert pq.read_schema(tmp_path / "metrics.parquet").equals(METRICS_SCHEMA)
+    assert pq.read_schema(tmp_path / "_metrics.parquet").equals(METRICS_SCHEMA)
     first, second = read_metrics(open_place(tmp_path))
     assert (first["run_id"], second["run_id"]) == ("first", "second")
     assert first["versions"] == {"batchpipe": "0.1.0", "torch": "2.13.0"}
     assert first["stage_utilization"] == [0.5, 0.75] and first["revision"] is None
     assert first["started_at"] == datetime(2025, 1, 1, tzinfo=UTC)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.parquet"]
+    assert [path.name for path in tmp_path.iterdir()] == ["_metrics.parquet"]
 
 
 def test_runs_of_an_older_version_stay_with_nulls_for_what_it_did_not_know(tmp_path: Path) -> None:
     append_metrics(open_place(tmp_path), RUN_METRICS)
-    path = tmp_path / "metrics.parquet"
+    path = tmp_path / "_metrics.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["kv_faults", "reused_tokens"]), path)
     append_metrics(open_place(tmp_path), RUN_METRICS)
     old, new = read_metrics(open_place(tmp_path))
     assert (old["kv_faults"], old["stall_seconds"], new["kv_faults"]) == (None, 0.0, 0)
     assert pq.read_schema(path).equals(METRICS_SCHEMA)
+
+
+def test_metrics_under_their_old_name_are_read_and_move_to_the_new_one(tmp_path: Path) -> None:
+    place = open_place(tmp_path)
+    append_metrics(place, RUN_METRICS)
+    (tmp_path / "_metrics.parquet").rename(tmp_path / "metrics.parquet")
+    assert [run["run_id"] for run in read_metrics(place)] == ["run-1"]
+    append_metrics(place, replace(RUN_METRICS, run_id="second"))
+    assert [run["run_id"] for run in read_metrics(place)] == ["run-1", "second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["_metrics.parquet"]
+
+
+def test_readers_of_the_output_folder_find_its_rows_alone(tmp_path: Path) -> None:
+    run_job(tmp_path, 25)
+    append_metrics(open_place(tmp_path), RUN_METRICS)
+    (tmp_path / "_export").mkdir()
+    (tmp_path / "_export" / "results.jsonl").write_text("{}")
+    for read in (pd.read_parquet, lambda path: pq.read_table(path).to_pandas()):
+        assert sorted(read(tmp_path)["row_index"]) == list(range(25))
 
 
 def test_rows_always_add_up() -> None:
@@ -60,11 +80,11 @@ def test_rows_always_add_up() -> None:
 
 def test_a_folder_without_metrics_has_none_and_damaged_ones_are_named(tmp_path: Path) -> None:
     assert read_metrics(open_place(tmp_path)) == []
-    (tmp_path / "metrics.parquet").write_text("not parquet")
-    with pytest.raises(OutputError, match=r"metrics\.parquet: cannot be read as metrics"):
+    (tmp_path / "_metrics.parquet").write_text("not parquet")
+    with pytest.raises(OutputError, match=r"_metrics\.parquet: cannot be read as metrics"):
         append_metrics(open_place(tmp_path), RUN_METRICS)
-    pq.write_table(pa.table({"other": [1]}), tmp_path / "metrics.parquet")
-    with pytest.raises(OutputError, match=r"metrics\.parquet: cannot be read as metrics"):
+    pq.write_table(pa.table({"other": [1]}), tmp_path / "_metrics.parquet")
+    with pytest.raises(OutputError, match=r"_metrics\.parquet: cannot be read as metrics"):
         read_metrics(open_place(tmp_path))
 
 

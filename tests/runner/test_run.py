@@ -67,7 +67,7 @@ def test_every_row_is_there_once_with_its_columns_and_the_counts_add_up(tmp_path
     assert metrics["rows_total"] == metrics["rows_succeeded"] == 40
     assert metrics["completion_tokens"] == sum(table["completion_tokens"].to_pylist())
     assert metrics["prompt_tokens"] == sum(table["prompt_tokens"].to_pylist())
-    assert pq.read_table(tmp_path / "output" / "metrics.parquet").num_rows == 1
+    assert pq.read_table(tmp_path / "output" / "_metrics.parquet").num_rows == 1
 
 
 def test_bad_rows_fail_with_their_codes_and_stop_no_other(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_signal_commits_and_the_next_run_continues_with_the_same_texts(tmp_pat
     result = run_job(job, open_pipelines=open_fake)
     assert result.table().select(["row_id", "completion"]) == whole.select(["row_id", "completion"])
     assert result.metrics["rows_total"] == 60
-    assert pq.read_table(tmp_path / "output" / "metrics.parquet").num_rows == 2
+    assert pq.read_table(tmp_path / "output" / "_metrics.parquet").num_rows == 2
 
 
 def test_too_many_failed_rows_stop_the_job(tmp_path: Path) -> None:

@@ -66,8 +66,10 @@ def test_result_status_and_metrics_read_the_store(address: str) -> None:
     run_job(address, 25)
     place = open_place(address)
     append_metrics(place, RUN_METRICS)
+    place.filesystem.move(f"{place.base}/_metrics.parquet", f"{place.base}/metrics.parquet")  # as an older run left it
     append_metrics(place, RUN_METRICS)
     assert len(read_metrics(place)) == 2
+    assert sorted(place.sizes_bytes()) == ["_SUCCESS", "_metrics.parquet"]
     result = Result(place, read_metrics(place)[-1], 0)
     assert result.table()["row_index"].to_pylist() == list(range(25))
     assert result.summary["output"] == address.partition("?")[0]
