@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from batchpipe.attention.device_inputs import DeviceInputs
 from batchpipe.kv.pool import KvPool
 
 
@@ -21,7 +22,8 @@ class AttentionInputs:
 
     Sequence i's new tokens are rows `query_starts[i]` to `query_starts[i + 1]` of the packed tensors. They stand behind
     `context_lengths[i]` tokens whose KV is already in the blocks of `block_tables[i]`, where theirs goes too. Unused
-    places of a block table may hold any block's number. All tensors are on the CPU, rows may have a stride.
+    places of a block table may hold any block's number. All tensors are on the CPU, rows may have a stride. On a GPU
+    `on_device` holds the same, for backends that read nothing else.
 
     A layer slot is one layer of one block of the pool: block b's are b * num_layers and those behind it. A staged block
     is not in the pool as a whole: its even layers pass through its staging slot, its odd ones through the next.
@@ -36,6 +38,23 @@ class AttentionInputs:
     backend: AttentionBackend
     first_layer: int  # the stage's first layer in the whole model: the pool's layer is layer_idx - first_layer
     staging_slots: Tensor | None = None  # [N, B] int32: layer slots of staged blocks, -1 for others; None: all others
+    on_device: DeviceInputs | None = None
+
+    @classmethod
+    def of_device(cls, at: DeviceInputs, pool: KvPool, backend: AttentionBackend, first_layer: int) -> AttentionInputs:
+        """For a backend that reads `on_device` alone: nothing of the step is on the host."""
+        nothing = torch.empty(0, dtype=torch.int32)
+        return cls(
+            query_lengths=nothing,
+            context_lengths=nothing,
+            query_starts=nothing,
+            block_tables=nothing,
+            positions=nothing,
+            pool=pool,
+            backend=backend,
+            first_layer=first_layer,
+            on_device=at,
+        )
 
     @property
     def num_tokens(self) -> int:

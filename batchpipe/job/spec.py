@@ -166,7 +166,7 @@ class EngineSpec(v.Section):
     max_batch_sequences: Annotated[v.AutoCount, v.about("Sequences that one step may hold.")] = "auto"
     max_step_tokens: Annotated[v.AutoCount, v.about("New tokens that one step may hold.")] = "auto"
     attention: Annotated[
-        Literal["auto", "reference", "cpu"], v.about("Attention kernels; auto goes by the device.")
+        Literal["auto", "reference", "cpu", "triton"], v.about("Attention kernels; auto goes by the device.")
     ] = "auto"
 
     @model_validator(mode="after")

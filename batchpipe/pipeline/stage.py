@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchpipe.attention.base import AttentionBackend
 from batchpipe.attention.choose import choose_backend
-from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.layout import KvLayout
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.fuse import fuse
 from batchpipe.model.load import load_stage
 from batchpipe.pipeline.memory import free_bytes
+from batchpipe.pipeline.model_runner import CpuRunner, GpuRunner, ModelRunner, StagePart
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
 from batchpipe.pipeline.swap.kv_swapper import KvSwapper
 from batchpipe.sample.sampler import Sampler
-from batchpipe.types import Int32Array, LinkUse, Step
+from batchpipe.types import LinkUse, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,7 @@ class StageSpec:
     vocabulary_size: int
     eos_token_ids: tuple[int, ...]
     max_step_tokens: int
+    max_batch_sequences: int
     kv_verify: str = "off"
     link: EmulatedLink | None = None  # between the tiers of KV, instead of the machine's own
 
@@ -102,6 +102,7 @@ class Stage:
         if spec.device == "cpu" and self._backend.name == "cpu":
             fuse(self._model, self.dtype)
         self._pool: KvPool | None = None
+        self._runner: ModelRunner | None = None
         self._swapper: KvSwapper | None = None
         self.corrupt = {}
 
@@ -127,9 +128,7 @@ class Stage:
         kv = self.spec.kv
         geometry = (num_layers, kv.num_kv_heads, kv.block_tokens, kv.head_dim, self.dtype)
         self._pool = KvPool(num_blocks, *geometry, self.spec.device)
-        self._inputs = StepInputs(
-            self._pool, first_layer=self.spec.first_layer, max_step_tokens=self.spec.max_step_tokens
-        )
+        self._runner = self._make_runner(self._pool)
         if not num_host_blocks:
             return
         pinned = self._pool.device.type == "cuda"
@@ -154,28 +153,35 @@ class Stage:
             self._swapper.close()
 
     @torch.inference_mode()
-    def run(self, step: Step, hidden: Tensor | None) -> Tensor:
+    def run(self, step: Step, hidden: Tensor | None, sampled_before: Tensor | None = None) -> Tensor:
         """One step: hidden states [T, hidden_size] in (none on the first stage) and out.
 
-        From the last stage: logits [N, vocabulary_size], of the sequences that sample.
+        From the last stage: logits [N, vocabulary_size], of the sequences that sample. On a GPU they are valid until
+        the next step. sampled_before: see `ModelRunner`.
         """
+        assert self._pool is not None and self._runner is not None, "a step before allocate()"
         if self._swapper is None:
             assert step.transfers is None, "transfers where there is one tier"
-            return self._compute(step, hidden, self._backend, None)
+            self._pool.copy_blocks(step.copied_blocks[:, 0], step.copied_blocks[:, 1])
+            return self._runner.run(step, hidden, self._backend, None, sampled_before)
         staging_slots = self._swapper.begin(step)
-        output = self._compute(step, hidden, self._swapper.backend, staging_slots)
+        self._pool.copy_blocks(step.copied_blocks[:, 0], step.copied_blocks[:, 1])
+        output = self._runner.run(step, hidden, self._swapper.backend, staging_slots, sampled_before)
         self.link_use, self.corrupt = self._swapper.finish()
         return output
 
-    def _compute(
-        self, step: Step, hidden: Tensor | None, backend: AttentionBackend, staging_slots: Int32Array | None
-    ) -> Tensor:
-        assert self._pool is not None, "a step before allocate()"
-        if len(step.copied_blocks):
-            self._pool.copy_blocks(step.copied_blocks[:, 0], step.copied_blocks[:, 1])
-        inputs = self._inputs.fill(
-            step.query_lengths, step.context_lengths, step.block_tables, backend=backend, staging_slots=staging_slots
+    def _make_runner(self, pool: KvPool) -> ModelRunner:
+        spec = self.spec
+        part = StagePart(
+            model=self._model,
+            first_layer=spec.first_layer,
+            is_first=spec.is_first,
+            is_last=spec.is_last,
+            max_step_tokens=spec.max_step_tokens,
+            max_batch_sequences=spec.max_batch_sequences,
         )
-        source = self._inputs.device_token_ids(step.token_ids) if hidden is None else hidden
-        rows = self._inputs.device_logit_rows(inputs, step.samples) if self.spec.is_last else None
-        return self._model.forward(inputs, source, self._inputs.device_positions(inputs), rows)
+        if self._backend.name != "triton":
+            return CpuRunner(part, pool)
+        from batchpipe.attention.triton_attention import TILE_QUERIES
+
+        return GpuRunner(part, pool, TILE_QUERIES)

@@ -13,7 +13,7 @@ from batchpipe.pipeline.multiprocess import MultiprocessPipeline
 from batchpipe.pipeline.stage import StageSpec
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
 from batchpipe.pipeline.worker import Transport
-from batchpipe.placement.capacity import max_step_tokens
+from batchpipe.placement.capacity import max_batch_sequences, max_step_tokens
 from batchpipe.placement.devices import cpus_of, num_threads
 from batchpipe.placement.placement import Placement
 from batchpipe.placement.stage_split import StageSplit
@@ -69,6 +69,7 @@ def stage_specs(
                 vocabulary_size=info.vocabulary_size,
                 eos_token_ids=info.eos_token_ids,
                 max_step_tokens=max_step_tokens(engine, split),
+                max_batch_sequences=max_batch_sequences(engine, split),
                 kv_verify=engine.kv_verify,
                 link=link,
             )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from batchpipe.attention.base import AttentionBackend, AttentionOptions
+from batchpipe.attention.base import AttentionBackend, AttentionInputs, AttentionOptions
+from batchpipe.attention.device_inputs import DeviceStepInputs
 from batchpipe.attention.step_inputs import StepInputs
+from batchpipe.types import Int32Array
 from batchpipe.kv.pool import KvPool
 
 
@@ -83,13 +86,13 @@ def attend_in_chunks(backend: AttentionBackend, case: PagedCase, chunk_tokens: i
     pool = KvPool(case.tables.size + 1, 3, *geometry)
     pool.data[:, 0], pool.data[:, 2] = 3, 5
     done = np.zeros(len(case.lengths), np.int32)
-    step_inputs = StepInputs(pool)
+    fill = _device_fill(backend, pool, case) if backend.name == "triton" else _host_fill(backend, pool)
     outputs: list[list[torch.Tensor]] = [[] for _ in case.lengths]
     while (todo := np.flatnonzero(done < case.lengths)).size:
         limits = np.where(todo == 0, 1, chunk_tokens)
         new = np.minimum(np.asarray(case.lengths)[todo] - done[todo], limits).astype(np.int32)
         rows = np.concatenate([np.arange(n) + case.starts[i] + done[i] for i, n in zip(todo, new, strict=True)])
-        inputs = step_inputs.fill(new, done[todo], case.tables[todo], backend=backend)
+        inputs = fill(new, done[todo], case.tables[todo])
         options = AttentionOptions(case.scale, case.sliding_window, case.softcap, case.sinks)
         output = backend.forward(inputs, 1, case.queries[rows], case.keys[rows], case.values[rows], options)
         assert output.dtype == case.queries.dtype and output.is_contiguous()
@@ -98,3 +101,23 @@ def attend_in_chunks(backend: AttentionBackend, case: PagedCase, chunk_tokens: i
         done[todo] += new
     assert (pool.data[:, 0] == 3).all() and (pool.data[:, 2] == 5).all()
     return [torch.cat(parts) for parts in outputs]
+
+
+Fill = Callable[[Int32Array, Int32Array, Int32Array], AttentionInputs]
+
+
+def _host_fill(backend: AttentionBackend, pool: KvPool) -> Fill:
+    step_inputs = StepInputs(pool)
+    return lambda new, done, tables: step_inputs.fill(new, done, tables, backend=backend)
+
+
+def _device_fill(backend: AttentionBackend, pool: KvPool, case: PagedCase) -> Fill:
+    step_inputs = DeviceStepInputs(
+        pool.device, pool.block_tokens, max_tokens=sum(case.lengths), max_sequences=len(case.lengths), tile_queries=32
+    )
+
+    def fill(new: Int32Array, done: Int32Array, tables: Int32Array) -> AttentionInputs:
+        no_tokens, samples = np.zeros(int(new.sum()), np.int32), np.ones(len(new), np.bool_)
+        return AttentionInputs.of_device(step_inputs.fill(no_tokens, new, done, tables, samples), pool, backend, 0)
+
+    return fill

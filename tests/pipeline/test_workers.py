@@ -63,7 +63,7 @@ def specs(folder: Path, behaviour: str, num_stages: int = 2) -> list[StageSpec]:
     one = StageSpec(
         index=0, num_stages=num_stages, first_layer=0, end_layer=1, model_folder=str(folder), trust_remote_code=False,
         dtype="float32", device="cpu", attention="reference", num_threads=1, cpus=(), kv=KvLayout(1, 16, 4, 16),
-        hidden_size=16, vocabulary_size=8, eos_token_ids=(), max_step_tokens=8,
+        hidden_size=16, vocabulary_size=8, eos_token_ids=(), max_step_tokens=8, max_batch_sequences=1,
     )  # fmt: skip
     return [replace(one, index=index) for index in range(num_stages)]
 

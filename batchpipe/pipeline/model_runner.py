@@ -1,0 +1,147 @@
+"""Runs a stage's model over a step: from the step's arrays and hidden states to hidden states or logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchpipe.attention.base import AttentionBackend, AttentionInputs
+from batchpipe.attention.device_inputs import CHUNK_TOKENS, DeviceInputs, DeviceStepInputs
+from batchpipe.attention.step_inputs import StepInputs
+from batchpipe.kv.pool import KvPool
+from batchpipe.model.load import StageModel
+from batchpipe.pipeline.step_graphs import StepGraphs, padding_of
+from batchpipe.types import Int32Array, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePart:
+    """The model of one stage, and what its steps look like at most."""
+
+    model: StageModel
+    first_layer: int
+    is_first: bool
+    is_last: bool
+    max_step_tokens: int
+    max_batch_sequences: int
+
+
+class ModelRunner(Protocol):
+    def run(
+        self,
+        step: Step,
+        hidden: Tensor | None,
+        backend: AttentionBackend,
+        staging_slots: Int32Array | None,
+        sampled_before: Tensor | None,
+    ) -> Tensor:
+        """hidden [T, hidden_size], None on the first stage -> the same, or logits [N, V] on the last one.
+
+        staging_slots: see `AttentionInputs`. sampled_before [max_batch_sequences]: the tokens that the step before
+        sampled, on the device, where some of the step's `token_ids` stand for them; None where none does.
+        """
+        ...
+
+
+class CpuRunner:
+    """See `ModelRunner`. Also for backends that read a step's indices on the host while the model is on a GPU."""
+
+    def __init__(self, part: StagePart, pool: KvPool) -> None:
+        self._part = part
+        self._inputs = StepInputs(pool, first_layer=part.first_layer, max_step_tokens=part.max_step_tokens)
+
+    def run(
+        self,
+        step: Step,
+        hidden: Tensor | None,
+        backend: AttentionBackend,
+        staging_slots: Int32Array | None,
+        sampled_before: Tensor | None,
+    ) -> Tensor:
+        assert sampled_before is None, "the tokens of the step before are known by then"
+        inputs = self._inputs.fill(
+            step.query_lengths, step.context_lengths, step.block_tables, backend=backend, staging_slots=staging_slots
+        )
+        source = self._inputs.device_token_ids(step.token_ids) if hidden is None else hidden
+        rows = self._inputs.device_logit_rows(inputs, step.samples) if self._part.is_last else None
+        return self._part.model.forward(inputs, source, self._inputs.device_positions(inputs), rows)
+
+
+class GpuRunner:
+    """See `ModelRunner`. For the Triton backend: nothing of a step is read on the host, and decodes run as graphs."""
+
+    def __init__(self, part: StagePart, pool: KvPool, tile_queries: int) -> None:
+        self._part = part
+        self._pool = pool
+        self._inputs = DeviceStepInputs(
+            pool.device,
+            pool.block_tokens,
+            max_tokens=part.max_step_tokens,
+            max_sequences=part.max_batch_sequences,
+            tile_queries=tile_queries,
+        )
+        self._graphs = StepGraphs(pool.device, part.max_batch_sequences) if pool.device.type == "cuda" else None
+        self._hidden: Tensor | None = None  # where a graph finds what the stage before computed
+
+    def run(
+        self,
+        step: Step,
+        hidden: Tensor | None,
+        backend: AttentionBackend,
+        staging_slots: Int32Array | None,
+        sampled_before: Tensor | None,
+    ) -> Tensor:
+        tables = step.block_tables
+        if staging_slots is not None:
+            tables = np.where(staging_slots >= 0, ~staging_slots, tables)
+        padding = None
+        # With staged blocks a layer waits for its KV on the host, which a graph cannot.
+        records = self._graphs is not None and self._graphs.are_usable and step.transfers is None
+        if records and bool((step.query_lengths == 1).all()) and bool(step.samples.all()):
+            num_items = int((-(-(step.context_lengths + 1) // CHUNK_TOKENS)).sum())
+            padding = padding_of(len(step.query_lengths), num_items)
+            if padding is not None and padding.num_sequences > self._part.max_batch_sequences:
+                padding = None
+        inputs = self._inputs.fill(
+            step.token_ids, step.query_lengths, step.context_lengths, tables, step.samples, padding
+        )
+        if padding is None:
+            return self._forward(inputs, hidden, backend, sampled_before)
+        assert self._graphs is not None
+        if hidden is not None:
+            hidden = self._at_fixed_address(hidden, padding.num_sequences)
+        output = self._graphs.run(
+            padding,
+            inputs,
+            self._inputs.generation,
+            lambda inputs: self._forward(inputs, hidden, backend, sampled_before),
+        )
+        return output[: len(step.query_lengths)]
+
+    def _at_fixed_address(self, hidden: Tensor, num_tokens: int) -> Tensor:
+        if self._hidden is None:
+            self._hidden = hidden.new_zeros(self._part.max_batch_sequences, hidden.shape[1])
+        self._hidden[: len(hidden)].copy_(hidden)
+        return self._hidden[:num_tokens]
+
+    def _forward(
+        self, at: DeviceInputs, hidden: Tensor | None, backend: AttentionBackend, sampled_before: Tensor | None
+    ) -> Tensor:
+        inputs = AttentionInputs.of_device(at, self._pool, backend, self._part.first_layer)
+        source = _token_ids(at, sampled_before) if hidden is None else hidden
+        rows = at.logit_rows.long() if self._part.is_last else None
+        return self._part.model.forward(inputs, source, at.positions.long(), rows)
+
+
+def _token_ids(at: DeviceInputs, sampled_before: Tensor | None) -> Tensor:
+    """int64 [T]: the step's tokens, with those that only the device knows yet in their places."""
+    token_ids = at.token_ids.long()
+    if sampled_before is None:
+        return token_ids
+    sampled = sampled_before[(~token_ids).clamp_(min=0)].long()
+    # A row whose logits were not finite has no token; its sequence fails when the host hears of it.
+    return torch.where(token_ids < 0, sampled.clamp_(min=0), token_ids)
