@@ -17,8 +17,10 @@ from batchpipe.attention.triton_kernels import (
 )
 from batchpipe.kv.pool import KEY, VALUE
 
-# New tokens of a prompt that one program takes; times the group of query heads, its rows.
-TILE_QUERIES = 32
+# New tokens of a prompt that one program takes; times its query heads, the rows of its products.
+TILE_QUERIES = 64
+# A program of 256 rows keeps this much in shared memory; GPUs with less get half the rows.
+_LARGE_TILE_BYTES = 160 << 10
 
 
 class TritonAttention:
@@ -26,6 +28,12 @@ class TritonAttention:
 
     name = "triton"
     default_block_tokens = 16
+
+    def __init__(self, device: torch.device) -> None:
+        self._has_large_tiles = (
+            device.type == "cuda"
+            and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _LARGE_TILE_BYTES
+        )
 
     def forward(
         self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
@@ -75,7 +83,7 @@ class TritonAttention:
             GROUP=group, D=head_dim, WIDTH=width, BLOCK_TOKENS=pool.block_tokens, ROWS=rounded_up(group),
             KEYS=32 if wide else 64, CHUNK=CHUNK_TOKENS, WINDOW=options.sliding_window or 0,
             HAS_SOFTCAP=options.softcap is not None, HAS_SINKS=options.sinks is not None,
-            EXACT=query.dtype == torch.float32, num_warps=4, num_stages=2 if wide else 3,
+            EXACT=query.dtype == torch.float32, num_warps=4, num_stages=2,
         )  # fmt: skip
         if at.has_long_decodes:
             combine_kernel[(num_heads, len(at.query_starts))](
@@ -90,15 +98,17 @@ class TritonAttention:
         _, num_heads, head_dim = query.shape
         group = num_heads // pool.num_kv_heads
         wide = query.dtype == torch.float32 or head_dim > 128
-        rows = rounded_up(TILE_QUERIES * group)
-        prefill_kernel[(pool.num_kv_heads, len(at.tile_sequences))](
+        heads = min(triton.next_power_of_2(group), 1 if wide else 4 if self._has_large_tiles else 2)
+        rows = TILE_QUERIES * heads
+        num_parts = -(-group // heads)
+        prefill_kernel[(pool.num_kv_heads * num_parts, len(at.tile_sequences))](
             output, query, pool.data, at.tile_sequences, at.tile_firsts, at.query_starts, at.query_lengths,
             at.context_lengths, at.tables, at.table_starts, query if options.sinks is None else options.sinks,
             options.scale, options.softcap or 1.0, query.stride(0), query.stride(1), layer, *_pool_strides(inputs),
-            GROUP=group, D=head_dim, WIDTH=rounded_up(head_dim), BLOCK_TOKENS=pool.block_tokens,
-            QUERIES=TILE_QUERIES, ROWS=rows, KEYS=32 if wide else 64, WINDOW=options.sliding_window or 0,
+            GROUP=group, HEADS=heads, NUM_HEADS=num_heads, D=head_dim, WIDTH=rounded_up(head_dim),
+            BLOCK_TOKENS=pool.block_tokens, QUERIES=TILE_QUERIES, ROWS=rows, KEYS=32 if wide else 64, WINDOW=options.sliding_window or 0,
             HAS_SOFTCAP=options.softcap is not None, HAS_SINKS=options.sinks is not None,
-            EXACT=query.dtype == torch.float32, num_warps=8 if rows >= 128 else 4, num_stages=2 if wide else 3,
+            EXACT=query.dtype == torch.float32, num_warps=8 if rows > 128 else 4, num_stages=2,
         )  # fmt: skip
 
 

@@ -50,24 +50,26 @@ def _attend_range(
         else:
             key = tl.load(key_at)
         if EXACT:
-            scores = tl.dot(query, key, input_precision="ieee") * scale
+            scores = tl.dot(query, key, input_precision="ieee")
         else:
-            scores = tl.dot(query, key) * scale
+            scores = tl.dot(query, key)
         if HAS_SOFTCAP:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        scores = scores * log2e
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores / softcap) - 1.0)
+            factor = log2e
+        else:
+            factor = scale * log2e  # by one multiply-add, below
         if MASKED:
             seen = (keys_at[None, :] <= positions[:, None]) & (keys_at < end)[None, :]
             seen = seen & (keys_at >= first_seen)[None, :]
             if WINDOW > 0:
                 seen = seen & (keys_at[None, :] > positions[:, None] - WINDOW)
             scores = tl.where(seen, scores, -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
+        new_best = tl.maximum(best, tl.max(scores, 1) * factor)
         if MASKED:  # a row that sees no key yet
             finite_best = tl.where(new_best == -float("inf"), 0.0, new_best)
         else:
             finite_best = new_best
-        weights = tl.exp2(scores - finite_best[:, None])
+        weights = tl.exp2(scores * factor - finite_best[:, None])
         shrink = tl.exp2(best - finite_best)
         total = total * shrink + tl.sum(weights, 1)
         if MASKED:
@@ -186,15 +188,16 @@ def prefill_kernel(
     output, query, pool, tile_sequences, tile_firsts, query_starts, query_lengths, context_lengths, tables,
     table_starts, sinks, scale, softcap,
     query_token_stride, query_head_stride, layer, num_layers, layer_stride, head_stride, value_offset,
-    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, QUERIES: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """QUERIES new tokens of one sequence for the query heads of one KV head. Grid: (KV heads, tiles).
+    """QUERIES new tokens of one sequence for HEADS query heads of one KV head.
 
-    Tile i begins with new token tile_firsts[i] of sequence tile_sequences[i]; -1: nothing to do.
+    Grid: (parts of KV heads' groups, tiles); a group of GROUP query heads has as many parts as it takes. Tile i begins with new token tile_firsts[i] of sequence tile_sequences[i]; -1: nothing to do.
     """
-    head, tile = tl.program_id(0), tl.program_id(1)
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    head, tile = tl.program_id(0) // PARTS, tl.program_id(1)
     sequence = tl.load(tile_sequences + tile)
     if sequence >= 0:
         first = tl.load(tile_firsts + tile)
@@ -203,9 +206,10 @@ def prefill_kernel(
         query_start = tl.load(query_starts + sequence)
         table = tables + tl.load(table_starts + sequence)
         rows = tl.arange(0, ROWS)
-        own = first + rows // GROUP
-        heads = head * GROUP + rows % GROUP
-        row_ok = (rows < QUERIES * GROUP) & (own < num_queries)
+        own = first + rows // HEADS
+        member = tl.program_id(0) % PARTS * HEADS + rows % HEADS
+        heads = head * GROUP + member
+        row_ok = (rows < QUERIES * HEADS) & (own < num_queries) & (member < GROUP)
         columns = tl.arange(0, WIDTH)
         shown = row_ok[:, None] & (columns < D)[None, :]
         tokens = (query_start + own).to(tl.int64)
@@ -236,9 +240,8 @@ def prefill_kernel(
             scale, softcap, layer, num_layers, layer_stride, value_offset, D, WIDTH, BLOCK_TOKENS, KEYS,
             True, WINDOW, HAS_SOFTCAP, EXACT,
         )  # fmt: skip
-        num_heads = tl.num_programs(0) * GROUP
         result = summed / tl.where(total == 0.0, 1.0, total)[:, None]
-        output_at = output + (tokens[:, None] * num_heads + heads[:, None]) * D + columns[None, :]
+        output_at = output + (tokens[:, None] * NUM_HEADS + heads[:, None]) * D + columns[None, :]
         tl.store(output_at, result.to(output.dtype.element_ty), mask=shown)
 
 

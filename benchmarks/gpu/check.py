@@ -67,10 +67,11 @@ class Check:
 
     def _run_process(self, name: str, limit_seconds: float, findings: TextIO, log: TextIO) -> tuple[int, bool]:
         """The process's exit code, and whether it was ended for its time."""
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu.phase", name, *self._options()],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

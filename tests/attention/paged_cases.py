@@ -113,7 +113,7 @@ def _host_fill(backend: AttentionBackend, pool: KvPool) -> Fill:
 
 def _device_fill(backend: AttentionBackend, pool: KvPool, case: PagedCase) -> Fill:
     step_inputs = DeviceStepInputs(
-        pool.device, pool.block_tokens, max_tokens=sum(case.lengths), max_sequences=len(case.lengths), tile_queries=32
+        pool.device, pool.block_tokens, max_tokens=sum(case.lengths), max_sequences=len(case.lengths), tile_queries=64
     )
 
     def fill(new: Int32Array, done: Int32Array, tables: Int32Array) -> AttentionInputs:
