@@ -236,7 +236,7 @@ class Step:
     sequence_ids: tuple[int, ...]
     query_lengths: Int32Array  # [N]
     context_lengths: Int32Array  # [N]
-    token_ids: Int32Array  # [T]
+    token_ids: Int32Array  # [T]; ~k: the k-th token that the step before sampled, see `Capacity.runs_ahead`
     block_tables: Int32Array  # [N, B]; after a sequence's last block, and for a staged block, any valid number
     samples: BoolArray  # [N]: whether a token is sampled after the last new token of this sequence
     copied_blocks: Int32Array  # [C, 2]: before anything else, the KV of block [c, 0] is copied to block [c, 1]
@@ -291,7 +291,8 @@ class Capacity:
     staging block has space, two layers of each at a time; 0 if a stage has too few layers for streaming.
     offload: how KV comes back from host memory: `none`, as whole blocks before a step (`batch`), layer by layer during
     the step (`layer`). max_prefills_ahead: steps of prefill alone that may be in flight in addition to the
-    `max_batches` micro-batches.
+    `max_batches` micro-batches. runs_ahead: a step may follow the one that samples its tokens before these are known
+    here, because they stay on the device; so one more step is in flight.
     """
 
     num_blocks: int
@@ -304,7 +305,13 @@ class Capacity:
     streams_per_block: int = 0
     offload: str = "none"
     max_prefills_ahead: int = 0
+    runs_ahead: bool = False
+
+    @property
+    def max_decodes_in_flight(self) -> int:
+        """Steps that sample."""
+        return self.max_batches + self.runs_ahead
 
     @property
     def max_in_flight(self) -> int:
-        return self.max_batches + self.max_prefills_ahead
+        return self.max_decodes_in_flight + self.max_prefills_ahead

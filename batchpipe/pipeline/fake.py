@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class FakePipeline:
         self._eos_every = eos_every
         self._in_flight: deque[Step] = deque()
         self._started: set[int] = set()
+        self._sampled = np.zeros(0, np.int32)  # by the step before
         self._kv = np.zeros((capacity.num_blocks, capacity.block_tokens), dtype=np.uint64)
         self._host_kv = np.zeros((capacity.num_host_blocks, capacity.block_tokens), dtype=np.uint64)
 
@@ -64,7 +66,7 @@ class FakePipeline:
         self._host_kv[:] = 0
 
     def collect(self) -> StepResult:
-        step = self._in_flight.popleft()
+        step = self._with_known_tokens(self._in_flight.popleft())
         assert self._started.issuperset(step.released), "an unknown sequence is released"
         self._started.difference_update(step.released)
         self._started.update(start.sequence_id for start in step.started)
@@ -76,7 +78,16 @@ class FakePipeline:
         self._write(step)
         uses = (LinkUse(),) * self.capacity.num_stages if step.transfers is not None else ()
         seconds = (0.0,) * self.capacity.num_stages
-        return StepResult(step.step_id, self._next_tokens(step), {}, seconds, link_uses=uses)
+        self._sampled = self._next_tokens(step)
+        return StepResult(step.step_id, self._sampled, {}, seconds, link_uses=uses)
+
+    def _with_known_tokens(self, step: Step) -> Step:
+        is_known = step.token_ids >= 0
+        if is_known.all():
+            return step
+        assert self.capacity.runs_ahead and self._sampled.min() >= 0, "a token that no step sampled"
+        sampled = self._sampled[np.where(is_known, 0, ~step.token_ids)]
+        return replace(step, token_ids=np.where(is_known, step.token_ids, sampled))
 
     def _load(self, transfers: Transfers) -> None:
         self._kv[transfers.loads[:, 1]] = self._host_kv[transfers.loads[:, 0]]

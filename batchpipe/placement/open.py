@@ -31,9 +31,18 @@ def open_pipelines(placement: Placement, *, link: EmulatedLink | None = None) ->
         for replica in range(split.num_replicas)
     ]
     if split.num_pools == 1:
-        return [LocalPipeline(replicas[0], placement.capacity_of)]
+        [specs] = replicas
+        return [_on_one_device(specs, placement, is_gpu=split.device == "cuda")]
     transport: Transport = "nccl" if split.device == "cuda" else "shared_memory"
     return list(MultiprocessPipeline.open(replicas, placement.capacity_of, transport))
+
+
+def _on_one_device(specs: list[StageSpec], placement: Placement, *, is_gpu: bool) -> Pipeline:
+    if not is_gpu or placement.engine.attention == "reference":
+        return LocalPipeline(specs, placement.capacity_of)
+    from batchpipe.pipeline.gpu import GpuPipeline  # its kernels need Triton, which comes with torch for GPUs alone
+
+    return GpuPipeline(specs[0], placement.capacity_of)
 
 
 def stage_specs(

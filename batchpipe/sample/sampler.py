@@ -23,7 +23,7 @@ from batchpipe.sample.rng import uniforms
 from batchpipe.types import Int32Array, SequenceStart, Step, TokenLogprobs
 
 # Lower temperatures are greedy: dividing float32 logits by them would overflow before it changed a choice.
-_COLDEST_TEMPERATURE = 1e-5
+COLDEST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Sampler:
         if not np.isfinite(best):
             return INVALID_TOKEN
         sampling = sequence.sampling
-        if sampling.temperature < _COLDEST_TEMPERATURE:
+        if sampling.temperature < COLDEST_TEMPERATURE:
             return best_token
         return draw(
             values,
@@ -134,7 +134,7 @@ class _Sequence:
         if Penalties.needed(sampling):
             self._penalties = Penalties(sampling, start.prompt_token_ids, start.generated_token_ids)
         self._adjusts_always = bool(
-            sampling.temperature >= _COLDEST_TEMPERATURE or sampling.logprobs or sampling.logit_bias or self._penalties
+            sampling.temperature >= COLDEST_TEMPERATURE or sampling.logprobs or sampling.logit_bias or self._penalties
         )
 
     @property

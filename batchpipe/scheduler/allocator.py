@@ -32,11 +32,12 @@ class Allocator:
         """The selected ready sequences, for a token each, less those that lose their KV to an older one."""
         state, decodes = self._state, list[SequenceState]()
         for sequence in selected:
-            has_block = sequence.num_tokens <= sequence.allocated_tokens
+            has_block = sequence.num_foreseen_tokens <= sequence.allocated_tokens
             if sequence.sequence_id in state.running and (has_block or self._add_block(sequence)):
                 self._schedule(sequence, 1)
+                sequence.is_ready = False
                 decodes.append(sequence)
-        state.ready = deque([sequence for sequence in state.ready if sequence.num_in_flight == 0])
+        state.ready = deque([sequence for sequence in state.ready if sequence.is_ready])
         return decodes
 
     def decode_oldest(self) -> list[SequenceState]:
@@ -45,7 +46,7 @@ class Allocator:
             sequence = self._state.ready[0]
             has_block = sequence.num_tokens <= sequence.allocated_tokens
             if self._swap.bring_alone(sequence) and (has_block or self._add_block(sequence)):
-                self._state.ready.popleft()
+                self._running_set.unpark(sequence)
                 self._schedule(sequence, 1)
                 return [sequence]
             if sequence.sequence_id in self._state.running:
@@ -86,6 +87,8 @@ class Allocator:
         if self._swap is not None and not self._swap.has_room(sequence):
             return False
         while not self._running_set.grow(sequence):
+            if sequence.num_in_flight:  # it ran ahead; others' blocks are taken once its token is known
+                return False
             if len(self._state.running) == 1:
                 self._ends.fail_too_large(sequence)
                 return False

@@ -27,9 +27,9 @@ class SequenceEnds:
         self._state.context_tokens += 1
         end = sequence.accept(token_id)
         if end is None:
-            self._state.ready.append(sequence)
+            self._running_set.park(sequence)
         else:
-            self._running_set.leave(sequence)
+            self._leave(sequence)
             self._close(sequence, sequence.completion(*end))
 
     def fail_too_large(self, sequence: SequenceState) -> None:
@@ -58,8 +58,16 @@ class SequenceEnds:
 
     def _fail(self, sequence: SequenceState, message: str, code: ErrorCode) -> None:
         if sequence.sequence_id in self._state.running:
-            self._running_set.leave(sequence)
+            self._leave(sequence)
         self._close(sequence, sequence.completion(None, error=(code, message)))
+
+    def _leave(self, sequence: SequenceState) -> None:
+        """At once, or with the step that ran ahead and still writes to its blocks."""
+        if sequence.num_in_flight:
+            sequence.is_closed = True
+            self._running_set.unpark(sequence)
+        else:
+            self._running_set.leave(sequence)
 
     def _close(self, sequence: SequenceState, completion: Completion) -> None:
         if (finished := sequence.group.end(sequence.sample_index, completion)) is not None:

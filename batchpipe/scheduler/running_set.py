@@ -68,7 +68,7 @@ class RunningSet:
         """Gives the sequence a block for its next token; False, with nothing changed, where none is free."""
         ledger = self.state.ledger
         num_owned = ledger.num_owned(sequence.sequence_id)
-        blocks = ledger.grow(sequence.sequence_id, sequence.num_tokens)
+        blocks = ledger.grow(sequence.sequence_id, sequence.num_foreseen_tokens)
         if blocks is None:
             return False
         if self._swap is not None:
@@ -76,6 +76,26 @@ class RunningSet:
         self.tables.append(sequence.slot, num_owned, blocks)
         sequence.allocated_tokens += len(blocks) * ledger.block_tokens
         return True
+
+    def park(self, sequence: SequenceState) -> None:
+        """The sequence is ready for its next token, unless it was already, or a step in flight has it."""
+        if not sequence.is_ready and not sequence.num_in_flight:
+            sequence.is_ready = True
+            self.state.ready.append(sequence)
+
+    def unpark(self, sequence: SequenceState) -> None:
+        if sequence.is_ready:
+            sequence.is_ready = False
+            self.state.ready.remove(sequence)
+
+    def expect_tokens(self, sampling: list[SequenceState]) -> None:
+        """A step that was made samples a token of each. Where steps run ahead, these are ready for the next one."""
+        for row, sequence in enumerate(sampling):
+            sequence.num_unknown += 1
+            sequence.sampled_row = row
+            if self.state.capacity.runs_ahead and sequence.runs_ahead:
+                sequence.is_ready = True
+                self.state.ready.append(sequence)
 
     def leave(self, sequence: SequenceState) -> None:
         """Takes blocks, slot and sampler state from a sequence that is not in flight."""
@@ -88,9 +108,9 @@ class RunningSet:
         state.ledger.release(sequence.sequence_id)
         self.tables.release_slot(sequence.slot)
         self.prefix_copies.forget(sequence, state.running.values())
-        for queue in (state.ready, state.prefilling):
-            if sequence in queue:
-                queue.remove(sequence)
+        self.unpark(sequence)
+        if sequence in state.prefilling:
+            state.prefilling.remove(sequence)
         if sequence in self.started:
             self.started.remove(sequence)
         else:

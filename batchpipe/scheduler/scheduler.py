@@ -2,7 +2,7 @@
 
 Sequences wait, are admitted with blocks for all their tokens, are prefilled in chunks, then draw one token a step.
 A sequence may have several prefill chunks in flight, since every stage runs its steps in order; it has at most one
-step in flight that draws a token. With two tiers of KV, blocks are those of the host, and a sequence that the device
+step in flight that draws a token, or two where steps run ahead (`Capacity.runs_ahead`). With two tiers of KV, blocks are those of the host, and a sequence that the device
 has no room for keeps its KV there (`SwapScheduler`).
 
 A step is made in three parts: a `Policy` proposes its shape, `_select` picks the ready sequences that decode, and the
@@ -101,7 +101,8 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether one more step may be in flight, of whatever kind."""
-        return self._num_decoding < self.capacity.max_batches and len(self._in_flight) < self.capacity.max_in_flight
+        capacity = self.capacity
+        return self._num_decoding < capacity.max_decodes_in_flight and len(self._in_flight) < capacity.max_in_flight
 
     @property
     def num_preemptions(self) -> int:
@@ -162,6 +163,8 @@ class Scheduler:
             sequences, step.samples.tolist(), bool(decodes), step.transfers, first_admission
         )
         self._num_decoding += bool(decodes)
+        sampling = [sequence for sequence, samples in zip(sequences, step.samples, strict=True) if samples]
+        self._running_set.expect_tokens(sampling)
         return step
 
     def record(self, result: StepResult) -> None:
@@ -173,7 +176,11 @@ class Scheduler:
         token_ids: Iterator[int] = iter(result.token_ids.tolist())
         for sequence, is_sampled in zip(sequences, samples, strict=True):
             sequence.num_in_flight -= 1
+            sequence.num_unknown -= is_sampled
             token_id = next(token_ids) if is_sampled else None
+            if sequence.is_closed:  # this step ran ahead of the sequence's end
+                self._running_set.leave(sequence)
+                continue
             found = result.corrupt.get(sequence.sequence_id) if result.corrupt else None
             if found:
                 self._running_set.find_corrupt(sequence, found, first_admission)
@@ -195,9 +202,12 @@ class Scheduler:
         self._in_flight.clear()
         self._num_decoding = 0
         for sequence in reversed(list(self.state.running.values())):
-            sequence.num_in_flight = 0
+            sequence.num_in_flight = sequence.num_unknown = 0
             sequence.is_corrupt = False
-            self._running_set.preempt(sequence)
+            if sequence.is_closed:
+                self._running_set.leave(sequence)
+            else:
+                self._running_set.preempt(sequence)
         self.ledger.forget_prefixes()
         self._running_set.forget_news()
 
@@ -208,6 +218,7 @@ class Scheduler:
         for i, sequence in state.running.items():
             assert sequence.allocated_tokens == self.ledger.num_owned(i) * self.ledger.block_tokens
         assert state.context_tokens == sum(sequence.num_tokens for sequence in state.running.values())
+        assert len(state.ready) == sum(sequence.is_ready for sequence in state.running.values())
         parked = len(state.ready) + len(state.prefilling)
         assert parked + sum(s.num_in_flight > 0 for s in state.running.values()) >= len(state.running)
         if self.swap is not None:

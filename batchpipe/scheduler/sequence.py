@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from batchpipe.sample.on_device import samples_on_device
 from batchpipe.types import (
     Completion,
     ErrorCode,
@@ -66,9 +67,24 @@ class SequenceState:
     num_scheduled: int = 0
     last_step: int = -1  # that it is part of
     num_in_flight: int = 0
+    num_unknown: int = 0  # tokens sampled by steps in flight
+    sampled_row: int = -1  # of the last of them, among the tokens that its step samples
+    is_ready: bool = False  # it stands in `SchedulerState.ready`
+    is_closed: bool = False  # it has ended; a step in flight that ran ahead still has it
     is_corrupt: bool = False  # its KV is wrong, and steps in flight still read it
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_foreseen_tokens(self) -> int:
+        """Of the sequence once the steps in flight are done, if it does not end with one of them."""
+        return self.num_tokens + self.num_unknown
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether its next step can be made while the token that it begins with is only on the device."""
+        is_last = len(self.generated) + self.num_unknown >= self.max_tokens
+        return not is_last and samples_on_device(self.group.request.sampling)
 
     def token_slice(self, start: int, stop: int) -> Int32Array:
         """Tokens [start, stop) of prompt and generated text together."""

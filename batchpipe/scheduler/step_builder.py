@@ -56,7 +56,7 @@ def build_step(
     released: Sequence[int],
     copied_blocks: Sequence[tuple[int, int]],
 ) -> Step:
-    """Decodes come first: each has one new token, the one that it sampled last."""
+    """Decodes come first: each has one new token, the one that it sampled last, known here or not."""
     sequences = [*decodes, *[chunk.sequence for chunk in prefills]]
     num_decodes = len(decodes)
     query_lengths = np.ones(len(sequences), dtype=np.int32)
@@ -65,7 +65,8 @@ def build_step(
     samples[num_decodes:] = [chunk.samples for chunk in prefills]
     contexts = [sequence.num_scheduled - 1 for sequence in decodes] + [chunk.num_context for chunk in prefills]
     context_lengths = np.array(contexts, dtype=np.int32)
-    token_ids = [np.array([sequence.generated[-1] for sequence in decodes], dtype=np.int32)]
+    last_ids = [sequence.generated[-1] if not sequence.num_unknown else ~sequence.sampled_row for sequence in decodes]
+    token_ids = [np.array(last_ids, dtype=np.int32)]
     token_ids += [
         chunk.sequence.token_slice(chunk.num_context, chunk.num_context + chunk.num_tokens) for chunk in prefills
     ]

@@ -23,6 +23,7 @@ from tests.scheduler.scheduler_cases import capacity, expected, fake, request, s
     num_samples=st.integers(1, 3),
     num_shared=st.sampled_from([0, 9, 25]),
     max_prefills_ahead=st.sampled_from([0, 3]),
+    runs_ahead=st.booleans(),
 )
 def test_every_row_ends_once_with_its_own_text(
     lengths: list[tuple[int, int]],
@@ -34,10 +35,13 @@ def test_every_row_ends_once_with_its_own_text(
     num_samples: int,
     num_shared: int,
     max_prefills_ahead: int,
+    runs_ahead: bool,
 ) -> None:
+    if runs_ahead:  # on one stage
+        max_batches, max_prefills_ahead = 1, 0
     offered = capacity(
         num_blocks=num_blocks, block_tokens=block_tokens, max_batches=max_batches, max_step_tokens=max_step_tokens,
-        max_prefills_ahead=max_prefills_ahead,
+        max_prefills_ahead=max_prefills_ahead, runs_ahead=runs_ahead,
     )  # fmt: skip
     requests = [request(i, p, num_shared=num_shared, max_tokens=m, n=num_samples) for i, (p, m) in enumerate(lengths)]
     pipeline, scheduler = fake(offered), scheduler_for(offered, schedule)
