@@ -27,7 +27,7 @@ from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.describe import describe_model
 from batchpipe.model.fuse import fuse
-from batchpipe.model.fused_modules import PackedLinear
+from batchpipe.model.fused.cpu_modules import PackedLinear
 from batchpipe.model.load import StageModel, load_stage
 
 

@@ -47,7 +47,7 @@ class TritonAttention:
         assert at is not None and len(key) == len(at.token_ids) and key.stride(2) == value.stride(2) == 1
         _, _, _, num_heads, _, head_dim = pool.data.shape
         write_kernel[(len(key),)](
-            pool.data, key, value, at.token_entries, at.token_rows, layer, *_pool_strides(inputs),
+            pool.data, key, value, at.token_entries, at.token_rows, layer, *pool_strides(inputs),
             key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             HEADS=num_heads, HEADS_UP=triton.next_power_of_2(num_heads),
             D=head_dim, WIDTH=rounded_up(head_dim), num_warps=4,
@@ -79,7 +79,7 @@ class TritonAttention:
             output, partial, sums, query, pool.data, at.item_sequences, at.item_chunks, at.first_items,
             at.query_starts, at.context_lengths, at.tables, at.table_starts,
             query if options.sinks is None else options.sinks, options.scale, options.softcap or 1.0,
-            query.stride(0), query.stride(1), layer, *_pool_strides(inputs),
+            query.stride(0), query.stride(1), layer, *pool_strides(inputs),
             GROUP=group, D=head_dim, WIDTH=width, BLOCK_TOKENS=pool.block_tokens, ROWS=rounded_up(group),
             KEYS=32 if wide else 64, CHUNK=CHUNK_TOKENS, WINDOW=options.sliding_window or 0,
             HAS_SOFTCAP=options.softcap is not None, HAS_SINKS=options.sinks is not None,
@@ -104,7 +104,7 @@ class TritonAttention:
         prefill_kernel[(pool.num_kv_heads * num_parts, len(at.tile_sequences))](
             output, query, pool.data, at.tile_sequences, at.tile_firsts, at.query_starts, at.query_lengths,
             at.context_lengths, at.tables, at.table_starts, query if options.sinks is None else options.sinks,
-            options.scale, options.softcap or 1.0, query.stride(0), query.stride(1), layer, *_pool_strides(inputs),
+            options.scale, options.softcap or 1.0, query.stride(0), query.stride(1), layer, *pool_strides(inputs),
             GROUP=group, HEADS=heads, NUM_HEADS=num_heads, D=head_dim, WIDTH=rounded_up(head_dim),
             BLOCK_TOKENS=pool.block_tokens, QUERIES=TILE_QUERIES, ROWS=rows, KEYS=32 if wide else 64, WINDOW=options.sliding_window or 0,
             HAS_SOFTCAP=options.softcap is not None, HAS_SINKS=options.sinks is not None,
@@ -119,7 +119,7 @@ def _room(num_items: int, num_heads: int, query: Tensor) -> tuple[Tensor, Tensor
     return partial, torch.empty(num_items, num_heads, 2, dtype=torch.float32, device=query.device)
 
 
-def _pool_strides(inputs: AttentionInputs) -> tuple[int, int, int, int]:
+def pool_strides(inputs: AttentionInputs) -> tuple[int, int, int, int]:
     """Layers of a block, and in numbers: a layer of a block, a head of a layer, from a key to its value."""
     data = inputs.pool.data
     assert data.is_contiguous()

@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _layer_address(entry, layer, num_layers, layer_stride):
+def layer_address(entry, layer, num_layers, layer_stride):
     """Where one layer of a table's entry begins in the pool, in numbers."""
     entry = entry.to(tl.int64)
     slot = tl.where(entry >= 0, entry * num_layers + layer, ~entry + layer % 2)
@@ -40,7 +40,7 @@ def _attend_range(
             entry = tl.load(table + keys_at // BLOCK_TOKENS, mask=keys_at < end, other=0)
         else:
             entry = tl.load(table + keys_at // BLOCK_TOKENS)
-        place = _layer_address(entry, layer, num_layers, layer_stride) + (keys_at % BLOCK_TOKENS) * D
+        place = layer_address(entry, layer, num_layers, layer_stride) + (keys_at % BLOCK_TOKENS) * D
         key_at = pool + place[None, :] + columns[:, None]
         value_at = pool + value_offset + place[:, None] + columns[None, :]
         if MASKED:
@@ -257,7 +257,7 @@ def write_kernel(
     if row >= 0:
         heads, columns = tl.arange(0, HEADS_UP), tl.arange(0, WIDTH)
         shown = (heads < HEADS)[:, None] & (columns < D)[None, :]
-        place = _layer_address(tl.load(token_entries + token), layer, num_layers, layer_stride) + row * D
+        place = layer_address(tl.load(token_entries + token), layer, num_layers, layer_stride) + row * D
         target = pool + place + heads[:, None] * head_stride + columns[None, :]
         from_key = key + token * key_token_stride + heads[:, None] * key_head_stride + columns[None, :]
         from_value = value + token * value_token_stride + heads[:, None] * value_head_stride + columns[None, :]

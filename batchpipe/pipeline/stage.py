@@ -99,7 +99,7 @@ class Stage:
             device=spec.device,
             trust_remote_code=spec.trust_remote_code,
         )
-        if spec.device == "cpu" and self._backend.name == "cpu":
+        if self._backend.name in ("cpu", "triton"):
             fuse(self._model, self.dtype)
         self._pool: KvPool | None = None
         self._runner: ModelRunner | None = None
