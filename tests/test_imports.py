@@ -14,7 +14,16 @@ PACKAGE = Path(batchpipe.__file__).parent
 LADDER = (
     ("types",),
     ("errors",),
-    ("job", "sample.stop", "sample.detokenize", "sample.reasoning", "sample.text", "sample.rng", "sample.on_device", "write.durable"),
+    (
+        "job",
+        "sample.stop",
+        "sample.detokenize",
+        "sample.reasoning",
+        "sample.text",
+        "sample.rng",
+        "sample.on_device",
+        "write.durable",
+    ),
     ("write.place",),
     ("model.partition", "model.checkpoint", "model.architectures", "model.tokenizer"),
     ("kv.block_manager", "kv.prefix_cache", "kv.device_cache", "kv.layout", "kv.capacity_law"),

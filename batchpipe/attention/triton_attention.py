@@ -19,8 +19,8 @@ from batchpipe.kv.pool import KEY, VALUE
 
 # New tokens of a prompt that one program takes; times its query heads, the rows of its products.
 TILE_QUERIES = 64
-# A program of 256 rows keeps this much in shared memory; GPUs with less get half the rows.
-_LARGE_TILE_BYTES = 160 << 10
+# Compute capabilities whose multiprocessors hold the 128 KiB that a program of 256 rows keeps; others get 128 rows.
+_LARGE = (9, 10)
 
 
 class TritonAttention:
@@ -30,10 +30,7 @@ class TritonAttention:
     default_block_tokens = 16
 
     def __init__(self, device: torch.device) -> None:
-        self._has_large_tiles = (
-            device.type == "cuda"
-            and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _LARGE_TILE_BYTES
-        )
+        self._has_large_tiles = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in _LARGE
 
     def forward(
         self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions

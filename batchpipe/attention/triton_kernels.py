@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# mypy: disable-error-code="no-untyped-def,misc"
-
 
 @triton.jit
 def layer_address(entry, layer, num_layers, layer_stride):

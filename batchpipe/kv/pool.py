@@ -70,7 +70,13 @@ class KvPool:
                 _pin(pages, asked_by)
             self.data = pages.view(dtype).view(shape)
         else:
-            self.data = torch.zeros(shape, dtype=dtype, device=self.device)
+            try:
+                self.data = torch.zeros(shape, dtype=dtype, device=self.device)
+            except torch.OutOfMemoryError as error:
+                raise MemoryLimitError(
+                    f"{asked_by}: {self.device} refuses {num_blocks * self.bytes_per_block / 2**30:.1f} GiB for KV; "
+                    f"set a lower value ({str(error).splitlines()[0]})"
+                ) from None
 
     def copy_blocks(self, sources: Int32Array, targets: Int32Array) -> None:
         """Copies all layers of block sources[i] to block targets[i]; no block is both."""

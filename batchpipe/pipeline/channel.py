@@ -71,6 +71,10 @@ class SharedMemoryChannel:
         os.truncate(memory_fd, NUM_SLOTS * payload.nbytes)
         return memory_fd
 
+    def pin(self) -> None:
+        """So that a GPU copies at the link's speed. Where the system refuses, it copies by way of other memory."""
+        torch.cuda.cudart().cudaHostRegister(self._slots.data_ptr(), self._slots.nbytes, 0)
+
     def send(self, hidden: Tensor) -> None:
         if self._num_free == 0:
             self._wait()
@@ -100,6 +104,27 @@ class SharedMemoryChannel:
                 raise Closed
         except ConnectionResetError as error:
             raise Closed from error
+
+
+class HostedChannel:
+    """Between stages on GPUs that cannot reach each other: by way of the host's shared memory, pinned."""
+
+    def __init__(self, channel: SharedMemoryChannel, payload: Payload, device: str) -> None:
+        self._channel = channel
+        self._buffer = torch.empty(payload.max_tokens, payload.hidden_size, dtype=payload.dtype, device=device)
+        channel.pin()
+
+    def send(self, hidden: Tensor) -> None:
+        self._channel.send(hidden)
+
+    def receive(self, num_tokens: int) -> Tensor:
+        hidden = self._buffer[:num_tokens]
+        hidden.copy_(self._channel.receive(num_tokens))
+        self._channel.release()
+        return hidden
+
+    def release(self) -> None:
+        """Does nothing: the next copy is queued on the same stream, behind the kernels that read the buffer."""
 
 
 class DistributedChannel:

@@ -44,9 +44,7 @@ class GpuPipeline:
         # With two tiers the results of a step decide what the next one moves.
         self.capacity = replace(offered, runs_ahead=offered.num_host_blocks == 0)
         stage.allocate(offered.num_blocks, offered.num_host_blocks, offered.streams_per_block)
-        self._sampler = DeviceSampler(
-            spec.vocabulary_size, spec.eos_token_ids, self._device, spec.max_batch_sequences
-        )
+        self._sampler = DeviceSampler(spec.vocabulary_size, spec.eos_token_ids, self._device, spec.max_batch_sequences)
         self._in_flight: deque[_InFlight] = deque()
 
     def __enter__(self) -> GpuPipeline:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from batchpipe.attention.choose import choose_backend
+from batchpipe.errors import MemoryLimitError
 from batchpipe.kv.layout import KvLayout
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.fuse import fuse
 from batchpipe.model.load import load_stage
+from batchpipe.pipeline.fitting import FittingRunner, StepRoom, room_beside_steps
 from batchpipe.pipeline.memory import free_bytes
 from batchpipe.pipeline.model_runner import CpuRunner, GpuRunner, ModelRunner, StagePart
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
 from batchpipe.pipeline.swap.kv_swapper import KvSwapper
-from batchpipe.sample.sampler import Sampler
+from batchpipe.sample.sampler import SampledTokens, Sampler
 from batchpipe.types import LinkUse, Step
 
 
@@ -70,9 +74,21 @@ def processor_name() -> str:
     return named.partition(":")[2].strip() or f"{platform.machine()} CPU"
 
 
-def sampler_of(spec: StageSpec) -> Sampler | None:
+class StepSampler(Protocol):
+    def sample_step(self, step: Step, logits: Tensor) -> SampledTokens:
+        """One token of every sequence of the step that samples; logits [N, V] of these, in the step's order."""
+        ...
+
+
+def sampler_of(spec: StageSpec) -> StepSampler | None:
     """The sampler for the last stage's logits; None for other stages."""
-    return Sampler(spec.vocabulary_size, spec.eos_token_ids) if spec.is_last else None
+    if not spec.is_last:
+        return None
+    if spec.device == "cpu" or find_spec("triton") is None:
+        return Sampler(spec.vocabulary_size, spec.eos_token_ids)
+    from batchpipe.sample.device_sampler import DeviceSampler
+
+    return DeviceSampler(spec.vocabulary_size, spec.eos_token_ids, torch.device(spec.device), spec.max_batch_sequences)
 
 
 class Stage:
@@ -87,20 +103,17 @@ class Stage:
 
     def __init__(self, spec: StageSpec) -> None:
         self.spec = spec
+        self._device = torch.device(spec.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # Triton and pinned memory go by the current device
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         torch.set_num_threads(spec.num_threads)
-        self._backend = choose_backend(spec.attention, torch.device(spec.device), self.dtype, spec.kv.head_dim)
-        self._model = load_stage(
-            Path(spec.model_folder),
-            range(spec.first_layer, spec.end_layer),
-            is_first=spec.is_first,
-            is_last=spec.is_last,
-            dtype=self.dtype,
-            device=spec.device,
-            trust_remote_code=spec.trust_remote_code,
-        )
-        if self._backend.name in ("cpu", "triton"):
-            fuse(self._model, self.dtype)
+        self._backend = choose_backend(spec.attention, self._device, self.dtype, spec.kv.head_dim)
+        self._part = self._load()
+        # On a GPU, what the largest step leaves; see `fitting`.
+        self._room: StepRoom | None = None
+        if self._device.type == "cuda":
+            self._room = room_beside_steps(self._part, spec.hidden_size, self.dtype, self._device)
         self._pool: KvPool | None = None
         self._runner: ModelRunner | None = None
         self._swapper: KvSwapper | None = None
@@ -120,7 +133,8 @@ class Stage:
 
     @property
     def free_bytes(self) -> int:
-        return free_bytes(self.spec.device)
+        """For KV."""
+        return free_bytes(self.spec.device) if self._room is None else self._room.free_bytes
 
     def allocate(self, num_blocks: int, num_host_blocks: int = 0, streams_per_block: int = 0) -> None:
         """Makes the pools of KV; see `Capacity` for the numbers. Raises MemoryLimitError."""
@@ -170,18 +184,39 @@ class Stage:
         self.link_use, self.corrupt = self._swapper.finish()
         return output
 
-    def _make_runner(self, pool: KvPool) -> ModelRunner:
+    @torch.inference_mode()
+    def _load(self) -> StagePart:
         spec = self.spec
-        part = StagePart(
-            model=self._model,
+        try:
+            model = load_stage(
+                Path(spec.model_folder),
+                range(spec.first_layer, spec.end_layer),
+                is_first=spec.is_first,
+                is_last=spec.is_last,
+                dtype=self.dtype,
+                device=spec.device,
+                trust_remote_code=spec.trust_remote_code,
+            )
+            if self._backend.name in ("cpu", "triton"):
+                fuse(model, self.dtype)
+        except torch.OutOfMemoryError as error:
+            raise MemoryLimitError(
+                f"engine.num_stages: the weights of layers {spec.first_layer} to {spec.end_layer - 1} do not fit "
+                f"{spec.device}; ask for more stages, or for a smaller model.dtype ({str(error).splitlines()[0]})"
+            ) from None
+        return StagePart(
+            model=model,
             first_layer=spec.first_layer,
             is_first=spec.is_first,
             is_last=spec.is_last,
             max_step_tokens=spec.max_step_tokens,
             max_batch_sequences=spec.max_batch_sequences,
         )
+
+    def _make_runner(self, pool: KvPool) -> ModelRunner:
         if self._backend.name != "triton":
-            return CpuRunner(part, pool)
+            return CpuRunner(self._part, pool)
         from batchpipe.attention.triton_attention import TILE_QUERIES
 
-        return GpuRunner(part, pool, TILE_QUERIES)
+        runner = GpuRunner(self._part, pool, TILE_QUERIES)
+        return runner if self._room is None else FittingRunner(runner, self._room.max_tokens)

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as distributed
 
 from batchpipe.errors import BatchpipeError
-from batchpipe.pipeline.channel import Channel, DistributedChannel, Payload, SharedMemoryChannel
+from batchpipe.pipeline.channel import Channel, DistributedChannel, HostedChannel, Payload, SharedMemoryChannel
 from batchpipe.pipeline.messages import Allocate, Allocated, Closed, Computed, Failed, Loaded, Sampled, Wire
-from batchpipe.pipeline.stage import Stage, StageSpec, sampler_of
-from batchpipe.sample.sampler import Sampler
+from batchpipe.pipeline.stage import Stage, StageSpec, StepSampler, sampler_of
+from batchpipe.pipeline.stopwatch import Stopwatch
 from batchpipe.types import Step
 
 FAILED = 1
@@ -116,23 +116,32 @@ class Inbox:
 
 
 def run_step(
-    step: Step, control: Wire, stage: Stage, sampler: Sampler | None, incoming: Channel | None, outgoing: Channel | None
+    step: Step,
+    control: Wire,
+    stage: Stage,
+    sampler: StepSampler | None,
+    incoming: Channel | None,
+    outgoing: Channel | None,
 ) -> None:
     hidden = None if incoming is None else incoming.receive(len(step.token_ids))
-    started = perf_counter()
+    watch = Stopwatch(stage.spec.device)
     output = stage.run(step, hidden)
-    ended = perf_counter()
-    computed = Computed(step.step_id, ended - started, stage.link_use, stage.corrupt)
+    watch.stop()
     if incoming is not None:
         incoming.release()
     if sampler is not None:
+        started = perf_counter()
         tokens = sampler.sample_step(step, output)
-        seconds = perf_counter() - ended
-        control.send(computed, Sampled(step.step_id, seconds, tokens.token_ids, tokens.logprobs))
+        sampled = Sampled(step.step_id, perf_counter() - started, tokens.token_ids, tokens.logprobs)
+        control.send(_computed(step, stage, watch), sampled)
     else:
         assert outgoing is not None
         outgoing.send(output)
-        control.send(computed)
+        control.send(_computed(step, stage, watch))
+
+
+def _computed(step: Step, stage: Stage, watch: Stopwatch) -> Computed:
+    return Computed(step.step_id, watch.seconds(), stage.link_use, stage.corrupt)
 
 
 def connect(spec: WorkerSpec, dtype: torch.dtype) -> tuple[Channel | None, Channel | None]:
@@ -149,7 +158,8 @@ def connect(spec: WorkerSpec, dtype: torch.dtype) -> tuple[Channel | None, Chann
         if link is None:
             return None
         if link.memory_fd is not None:
-            return SharedMemoryChannel(link.memory_fd, socket.socket(fileno=link.bell_fd), payload)
+            shared = SharedMemoryChannel(link.memory_fd, socket.socket(fileno=link.bell_fd), payload)
+            return shared if spec.stage.device == "cpu" else HostedChannel(shared, payload, spec.stage.device)
         return DistributedChannel(link.peer, payload, spec.stage.device)
 
     return channel(spec.incoming), channel(spec.outgoing)

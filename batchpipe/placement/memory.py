@@ -16,7 +16,7 @@ from batchpipe.placement.machine import Machine
 from batchpipe.placement.stage_split import StageSplit, stage_weight_bytes
 
 # Of what is free once the weights are loaded; the rest is for activations and for the other programs of the machine.
-AUTO_SHARE = {"cpu": 0.5, "cuda": 0.9}
+AUTO_SHARE = {"cpu": 0.5, "cuda": 0.95}
 _GIB = 2**30
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 from batchpipe.job.spec import EngineSpec
 from batchpipe.kv.layout import KvLayout
@@ -38,9 +39,10 @@ def open_pipelines(placement: Placement, *, link: EmulatedLink | None = None) ->
 
 
 def _on_one_device(specs: list[StageSpec], placement: Placement, *, is_gpu: bool) -> Pipeline:
-    if not is_gpu or placement.engine.attention == "reference":
+    # Its kernels need Triton, which comes with torch for GPUs.
+    if not is_gpu or placement.engine.attention == "reference" or find_spec("triton") is None:
         return LocalPipeline(specs, placement.capacity_of)
-    from batchpipe.pipeline.gpu import GpuPipeline  # its kernels need Triton, which comes with torch for GPUs alone
+    from batchpipe.pipeline.gpu import GpuPipeline
 
     return GpuPipeline(specs[0], placement.capacity_of)
 

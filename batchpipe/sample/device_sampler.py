@@ -73,7 +73,9 @@ class DeviceSampler:
         """logits [N, V] of the step's sequences that sample, on the device; they may change once the stream goes on."""
         self._register(step)
         sampling_ids = [i for i, samples in zip(step.sequence_ids, step.samples, strict=True) if samples]
-        pending = PendingTokens(self._slots[self._num_launched % _NUM_SLOTS], len(sampling_ids), torch.cuda.Event(enable_timing=True))
+        pending = PendingTokens(
+            self._slots[self._num_launched % _NUM_SLOTS], len(sampling_ids), torch.cuda.Event(enable_timing=True)
+        )
         self._num_launched += 1
         for row, sequence_id in enumerate(sampling_ids):
             if sequence_id not in self._sequences:
@@ -100,6 +102,10 @@ class DeviceSampler:
             token_ids[pending.host_rows] = found.token_ids
             logprobs = found.logprobs
         return SampledTokens(token_ids, logprobs)
+
+    def sample_step(self, step: Step, logits: Tensor) -> SampledTokens:
+        """Both at once."""
+        return self.take(self.launch(step, logits))
 
     def _register(self, step: Step) -> None:
         for sequence_id in step.released:

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# mypy: disable-error-code="no-untyped-def,misc"
-
 _BLOCK = 4096
 # Bits that are zero in every number of the type once it is float32, and so need no round.
 _ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}

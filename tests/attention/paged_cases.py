@@ -11,8 +11,8 @@ import torch
 from batchpipe.attention.base import AttentionBackend, AttentionInputs, AttentionOptions
 from batchpipe.attention.device_inputs import DeviceStepInputs
 from batchpipe.attention.step_inputs import StepInputs
-from batchpipe.types import Int32Array
 from batchpipe.kv.pool import KvPool
+from batchpipe.types import Int32Array
 
 
 @dataclass(kw_only=True)

@@ -38,9 +38,7 @@ def fuse_on_cpu(model: nn.Module) -> list[str]:
     kernels = load_kernels() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
     if kernels is None:
         return []
-    return replace_modules(
-        model, [partial(one, kernels) for one in (_attention, _mlp, _rms_norm)] + [_linear, _layer]
-    )
+    return replace_modules(model, [partial(one, kernels) for one in (_attention, _mlp, _rms_norm)] + [_linear, _layer])
 
 
 def _linear(module: nn.Module) -> nn.Module | None:

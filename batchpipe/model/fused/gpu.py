@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from batchpipe.model.fused.gpu_modules import GpuAttention, GpuLayer, GpuMlp, GpuRmsNorm
@@ -102,12 +101,10 @@ def _head_norms(module: nn.Module) -> list[HeadNorms | None]:
     found = [norm_weight(part) for part in parts if isinstance(part, nn.Module)]
     if len(found) != 2 or found[0] is None or found[1] is None or len(found[0][0]) != module.head_dim:
         return []
-    (query, epsilon), (key, _) = found
+    (query, epsilon), (key, _) = found[0], found[1]
     return [
         HeadNorms(query_weight, key_weight, epsilon, rounded_first=rounded_first)
-        for (query_weight, rounded_first), (key_weight, _) in zip(
-            norm_readings(query), norm_readings(key), strict=True
-        )
+        for (query_weight, rounded_first), (key_weight, _) in zip(norm_readings(query), norm_readings(key), strict=True)
     ]
 
 
@@ -120,7 +117,7 @@ def _layer(module: nn.Module) -> nn.Module | None:
     norms = (parts["input_layernorm"], parts["post_attention_layernorm"])
     if not isinstance(attention, GpuAttention) or not all(isinstance(norm, GpuRmsNorm) for norm in norms):
         return None
-    like = torch.empty(0, dtype=next(attention.parameters()).dtype, device=norms[0].weight.device)
+    like = next(attention.parameters())
     call: Callable[[nn.Module], Tensor] = partial(
         call_layer, like=like, hidden_size=attention.hidden_size, head_dim=attention.head_dim
     )

@@ -11,8 +11,6 @@ from batchpipe.attention.base import AttentionInputs
 from batchpipe.attention.triton_attention import pool_strides
 from batchpipe.attention.triton_kernels import layer_address
 
-# mypy: disable-error-code="no-untyped-def,misc"
-
 _HEADS_PER_PROGRAM = 8
 _ACTIVATION_BLOCK = 1024
 
@@ -192,7 +190,9 @@ def rotate(
     """
     num_tokens, _, head_dim = heads.shape
     half = cosines.shape[-1] // 2
-    assert heads.is_contiguous() and cosines.stride(-1) == sines.stride(-1) == 1 and cosines.stride(0) == sines.stride(0)
+    assert (
+        heads.is_contiguous() and cosines.stride(-1) == sines.stride(-1) == 1 and cosines.stride(0) == sines.stride(0)
+    )
     assert norms is None or 2 * half == head_dim
     entries = rows = pool = heads
     layer, strides = 0, (0, 0, 0, 0)
