@@ -15,7 +15,8 @@ from batchpipe.profiling.steps import Shape, announcing, build_steps, sequence_s
 from batchpipe.sample.sampler import Sampler
 from batchpipe.types import Step
 
-_POOL_BYTES = 1 << 30  # far beyond any cache
+# A layer's part of it is far beyond any cache.
+_POOL_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 _COPIED_BYTES = 256 << 20
 _SAMPLED_ROWS = 16
 _NUM_REPETITIONS = 9
@@ -27,7 +28,8 @@ class TimedStage:
     def __init__(self, spec: StageSpec, num_layers: int) -> None:
         self._stage = Stage(replace(spec, index=0, num_stages=1, first_layer=0, end_layer=num_layers))
         self._sampler = Sampler(spec.vocabulary_size, spec.eos_token_ids)
-        self._num_blocks = max(1, min(_POOL_BYTES, self._stage.free_bytes // 4) // self._stage.bytes_per_block)
+        pool_bytes = min(_POOL_BYTES[spec.device.split(":")[0]], self._stage.free_bytes // 4)
+        self._num_blocks = max(1, pool_bytes // self._stage.bytes_per_block)
         self._stage.allocate(self._num_blocks)
         self.device_name = self._stage.device_name
         self.bytes_per_block = self._stage.bytes_per_block
@@ -52,6 +54,15 @@ class TimedStage:
                 _finish(spec.device)
                 kept.append(perf_counter() - started)
         return {shape: median(kept[1:] or kept) for shape, kept in zip(shapes, times, strict=True)}
+
+    def prepared(self, shape: Shape) -> Step:
+        """A step of this shape."""
+        spec = self._stage.spec
+        return build_steps([shape], self._num_blocks, self._stage.block_tokens, spec.vocabulary_size)[0]
+
+    def compute(self, step: Step) -> None:
+        """Without choosing tokens; a GPU may not have done it yet."""
+        self._stage.run(step, None)
 
     def _run(self, step: Step) -> None:
         self._sampler.sample_step(step, self._stage.run(step, None))

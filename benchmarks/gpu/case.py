@@ -84,6 +84,16 @@ class Case:
             seconds.append(perf_counter() - started)
         return median(seconds[1:])
 
+    def queued_seconds(self, work: Callable[[], object], repetitions: int = 20) -> float:
+        """The mean of so many repetitions that are queued one behind the other, as a job's steps are."""
+        work()
+        self.wait()
+        started = perf_counter()
+        for _ in range(repetitions):
+            work()
+        self.wait()
+        return (perf_counter() - started) / repetitions
+
     def saved_model(self) -> Path:
         """The folder of a Llama of the case's shape with random bfloat16 weights, and a small tokenizer; made once."""
         folder = self.work / f"model-{self.shape}"
@@ -102,6 +112,8 @@ class Case:
             model = models.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder)
         del model
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
         return build_tiny_tokenizer(folder, chat_template=None)
 
     def rows(self, number: int, most_characters: int) -> Path:

@@ -27,10 +27,12 @@ MARK = "FINDING "
 PHASES = {
     "env": 60,
     "imports": 90,
-    "attention": 60,
-    "sameness": 180,
+    "attention": 120,
+    "sameness": 240,
+    "kernels": 60,
     "steps": 120,
     "link": 90,
+    "throughput": 240,
     "job": 180,
     "errors": 150,
 }

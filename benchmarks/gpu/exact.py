@@ -22,7 +22,7 @@ from tests.tiny_models import ARCHITECTURES, save_tiny_model
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _LENGTHS = [19, 1, 7, 37]
 _CHUNK_TOKENS = 6
-_MODELS = ("llama", "gemma2", "gpt_oss", "qwen3_moe")
+_MODELS = ("llama", "gemma2", "gpt_oss", "qwen3_moe", "qwen2", "gemma3", "glm4_moe", "phi3", "olmo", "smollm3")
 _NUM_PROMPTS, _NEW_TOKENS = 10, 24
 
 
@@ -81,6 +81,7 @@ def sameness(case: Case) -> None:
         "all KV on the device": {"block_tokens": 16, "max_step_tokens": 64},
         "short of KV": short,
         "swapped by layer": {**two_tiers, "offload": "layer"},
+        "swapped by batch": {**two_tiers, "offload": "batch"},
     }
     if case.holds_two_stages:
         settings["two stages"] = {"num_stages": 2, "block_tokens": 4, "max_step_tokens": 64}

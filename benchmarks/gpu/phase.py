@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.gpu import exact, jobs, link, machine, steps
+from benchmarks.gpu import exact, jobs, kernels, link, machine, steps, throughput
 from benchmarks.gpu.case import SHAPES, Case
 
 PHASES: dict[str, Callable[[Case], None]] = {
@@ -14,8 +14,10 @@ PHASES: dict[str, Callable[[Case], None]] = {
     "imports": machine.imports,
     "attention": exact.attention,
     "sameness": exact.sameness,
+    "kernels": kernels.kernels,
     "steps": steps.steps,
     "link": link.link,
+    "throughput": throughput.throughput,
     "job": jobs.job,
     "errors": jobs.errors,
 }
