@@ -42,22 +42,45 @@ class DeviceInputs:
     tile_sequences: Tensor  # [P]
     tile_firsts: Tensor  # [P]
     tables: Tensor
-    num_decodes: int  # 0: no items
     has_long_decodes: bool  # some decode has several items
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Padding:
-    """Sizes that a step of decodes alone is padded to, so that it runs as a recorded graph."""
+    """Sizes that a step is padded to, so that it runs as a recorded graph. As many rows as sequences are sampled."""
 
+    num_tokens: int
     num_sequences: int
     num_items: int
+    num_tiles: int
+    has_long_decodes: bool
 
 
 _TOKEN_FIELDS = ("token_ids", "positions", "token_entries", "token_rows")
-_SEQUENCE_FIELDS = ("query_starts", "query_lengths", "context_lengths", "first_items", "table_starts", "logit_rows")
+_SEQUENCE_FIELDS = ("query_starts", "query_lengths", "context_lengths", "table_starts", "first_items", "logit_rows")
 _ITEM_FIELDS = ("item_sequences", "item_chunks")
 _TILE_FIELDS = ("tile_sequences", "tile_firsts")
+_PADDED = {"token_rows": -1, "item_sequences": -1, "tile_sequences": -1}
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    tokens: int
+    sequences: int
+    rows: int
+    items: int
+    tiles: int
+
+    @classmethod
+    def of(cls, padding: Padding) -> _Counts:
+        sequences = padding.num_sequences
+        return cls(padding.num_tokens, sequences, sequences, padding.num_items, padding.num_tiles)
+
+    def sizes(self) -> dict[str, int]:
+        """Of the fields, but for the tables."""
+        sizes = dict.fromkeys(_TOKEN_FIELDS, self.tokens) | dict.fromkeys(_SEQUENCE_FIELDS, self.sequences)
+        sizes |= dict.fromkeys(_ITEM_FIELDS, self.items) | dict.fromkeys(_TILE_FIELDS, self.tiles)
+        return sizes | {"first_items": self.sequences + 1, "logit_rows": self.rows}
 
 
 class DeviceStepInputs:
@@ -92,55 +115,62 @@ class DeviceStepInputs:
     ) -> DeviceInputs:
         """tables [N, B]: entries, of which those behind a sequence's last block are not read."""
         lengths = query_lengths + context_lengths
-        num_sequences, num_tokens = len(lengths), len(token_ids)
         num_blocks = -(-lengths // self._block_tokens)
-        is_decode = query_lengths == 1
-        num_items = np.where(is_decode, -(-lengths // CHUNK_TOKENS), 0)
-        first_items = np.concatenate([[0], np.cumsum(num_items)])
-        items = int(first_items[-1])
-        self._hold("tables", int(num_blocks.sum()))
-        self._hold("item_sequences", max(items, padding.num_items if padding else 0))
+        num_items = np.where(query_lengths == 1, -(-lengths // CHUNK_TOKENS), 0)
+        used = _Counts(
+            len(token_ids), len(lengths), int(samples.sum()), int(num_items.sum()), self._num_tiles(query_lengths)
+        )
+        shown = used if padding is None else _Counts.of(padding)
+        num_entries = int(num_blocks.sum())
+        self._hold("tables", num_entries)
+        self._hold("item_sequences", shown.items)
+        self._hold("tile_sequences", shown.tiles)
         slot = self._turn()
         host = slot.fields
-        sequences = np.repeat(np.arange(num_sequences), query_lengths)
         starts = np.cumsum(query_lengths) - query_lengths
+        self._fill_tokens(host, token_ids, starts, query_lengths, context_lengths, tables)
+        host["query_starts"][: used.sequences] = starts
+        host["query_lengths"][: used.sequences] = query_lengths
+        host["context_lengths"][: used.sequences] = context_lengths
+        host["table_starts"][: used.sequences] = np.cumsum(num_blocks) - num_blocks
+        host["tables"][:num_entries] = tables[np.arange(tables.shape[1]) < num_blocks[:, None]]
+        host["logit_rows"][: used.rows] = (starts + query_lengths - 1)[samples]
+        _fill_items(host, num_items)
+        self._fill_tiles(host, query_lengths, context_lengths)
+        if padding is not None:
+            _pad(host, used, shown)
+        self._copy(slot, num_entries)
+        sizes = shown.sizes() | {"tables": self._sizes["tables"]}
+        has_long_decodes = bool((num_items > 1).any())
+        assert padding is None or has_long_decodes == padding.has_long_decodes
+        return DeviceInputs(
+            **{name: self._on_device[name][:size] for name, size in sizes.items()}, has_long_decodes=has_long_decodes
+        )
+
+    def _fill_tokens(
+        self,
+        host: dict[str, NDArray[np.int32]],
+        token_ids: Int32Array,
+        starts: Int32Array,
+        query_lengths: Int32Array,
+        context_lengths: Int32Array,
+        tables: Int32Array,
+    ) -> None:
+        num_tokens = len(token_ids)
+        sequences = np.repeat(np.arange(len(starts)), query_lengths)
         positions = np.arange(num_tokens) + (context_lengths - starts)[sequences]
         host["token_ids"][:num_tokens] = token_ids
         host["positions"][:num_tokens] = positions
         host["token_entries"][:num_tokens] = tables[sequences, positions // self._block_tokens]
         host["token_rows"][:num_tokens] = positions % self._block_tokens
-        host["query_starts"][:num_sequences] = starts
-        host["query_lengths"][:num_sequences] = query_lengths
-        host["context_lengths"][:num_sequences] = context_lengths
-        host["first_items"][: num_sequences + 1] = first_items
-        host["table_starts"][:num_sequences] = np.cumsum(num_blocks) - num_blocks
-        rows = (starts + query_lengths - 1)[samples]
-        host["logit_rows"][: len(rows)] = rows
-        host["item_sequences"][:items] = np.repeat(np.arange(num_sequences), num_items)
-        host["item_chunks"][:items] = np.arange(items) - np.repeat(first_items[:-1], num_items)
-        is_used = np.arange(tables.shape[1]) < num_blocks[:, None]
-        num_entries = int(num_blocks.sum())
-        host["tables"][:num_entries] = tables[is_used]
-        tiles = self._fill_tiles(host, query_lengths, context_lengths)
-        if padding is not None:
-            assert is_decode.all() and samples.all(), "only decodes are padded"
-            self._pad(host, num_sequences, items, padding)
-            num_tokens = num_sequences = padding.num_sequences
-            rows, items = host["logit_rows"][:num_sequences], padding.num_items
-        self._copy(slot, num_entries)
-        sizes = dict.fromkeys(_TOKEN_FIELDS, num_tokens) | dict.fromkeys(_SEQUENCE_FIELDS, num_sequences)
-        sizes |= dict.fromkeys(_ITEM_FIELDS, items) | dict.fromkeys(_TILE_FIELDS, tiles)
-        sizes |= {"first_items": num_sequences + 1, "logit_rows": len(rows), "tables": self._sizes["tables"]}
-        return DeviceInputs(
-            **{name: self._on_device[name][:size] for name, size in sizes.items()},
-            num_decodes=num_sequences if padding else int(is_decode.sum()),
-            has_long_decodes=items > num_sequences if padding else bool((num_items > 1).any()),
-        )
+
+    def _num_tiles(self, query_lengths: Int32Array) -> int:
+        return int((-(-query_lengths // self._tile_queries))[query_lengths > 1].sum())
 
     def _fill_tiles(
         self, host: dict[str, NDArray[np.int32]], query_lengths: Int32Array, context_lengths: Int32Array
-    ) -> int:
-        """The tiles with the most keys come first, so that the last programs to start are short. Returns their number."""
+    ) -> None:
+        """The tiles with the most keys come first, so that the last programs to start are short."""
         longer = np.flatnonzero(query_lengths > 1)
         num_tiles = -(-query_lengths[longer] // self._tile_queries)
         total = int(num_tiles.sum())
@@ -150,17 +180,6 @@ class DeviceStepInputs:
             order = np.argsort(-(context_lengths[sequences] + firsts), kind="stable")
             host["tile_sequences"][:total] = sequences[order]
             host["tile_firsts"][:total] = firsts[order]
-        return total
-
-    def _pad(self, host: dict[str, NDArray[np.int32]], num_sequences: int, num_items: int, padding: Padding) -> None:
-        padded = slice(num_sequences, padding.num_sequences)
-        for name in ("token_ids", "positions", "token_entries", "query_starts", "context_lengths", "table_starts"):
-            host[name][padded] = 0
-        host["token_rows"][padded] = -1
-        host["query_lengths"][padded] = 1
-        host["logit_rows"][padded] = np.arange(num_sequences, padding.num_sequences)
-        host["first_items"][num_sequences + 1 : padding.num_sequences + 1] = num_items
-        host["item_sequences"][num_items : padding.num_items] = -1
 
     # -- buffers ---------------------------------------------------------------------------------------------------
 
@@ -168,7 +187,7 @@ class DeviceStepInputs:
         """Room for so many of a field whose size depends on the sequences' lengths."""
         if size <= self._sizes[name]:
             return
-        names = _ITEM_FIELDS if name in _ITEM_FIELDS else (name,)
+        names = next((names for names in (_ITEM_FIELDS, _TILE_FIELDS) if name in names), (name,))
         self._sizes |= dict.fromkeys(names, 2 * size)
         self.generation += 1
         if self._device.type == "cuda":
@@ -192,6 +211,24 @@ class DeviceStepInputs:
         size = len(self._buffer) - self._sizes["tables"] + num_entries
         self._buffer[:size].copy_(slot.buffer[:size], non_blocking=True)
         slot.record()
+
+
+def _fill_items(host: dict[str, NDArray[np.int32]], num_items: NDArray[np.int32]) -> None:
+    """The items of each sequence; none of one with several new tokens."""
+    firsts = np.cumsum(num_items) - num_items
+    total = int(num_items.sum())
+    host["first_items"][: len(num_items)] = firsts
+    host["first_items"][len(num_items)] = total
+    host["item_sequences"][:total] = np.repeat(np.arange(len(num_items)), num_items)
+    host["item_chunks"][:total] = np.arange(total) - np.repeat(firsts, num_items)
+
+
+def _pad(host: dict[str, NDArray[np.int32]], used: _Counts, shown: _Counts) -> None:
+    """What is shown behind what is used does nothing: no row of KV, no items, no tiles, the first token's logits."""
+    ends = shown.sizes()
+    for name, begin in used.sizes().items():
+        host[name][begin : ends[name]] = _PADDED.get(name, 0)
+    host["first_items"][used.sequences + 1 : shown.sequences + 1] = used.items
 
 
 class _PinnedSlot:

@@ -55,7 +55,7 @@ class TritonAttention:
         at = inputs.on_device
         assert at is not None and len(query) == len(at.token_ids) and query.stride(2) == 1
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if at.num_decodes:
+        if len(at.item_sequences):
             self._decode(inputs, at, layer, query, output, options)
         if len(at.tile_sequences):
             self._prefill(inputs, at, layer, query, output, options)

@@ -166,8 +166,8 @@ def combine_kernel(
         best = -float("inf")
         total = 0.0
         summed = tl.zeros([WIDTH], tl.float32)
-        for item in range(first, end):
-            part = item.to(tl.int64) * num_heads + head
+        for number in range(0, end - first):
+            part = (first + number).to(tl.int64) * num_heads + head
             part_best, part_total = tl.load(partial_sums + part * 2), tl.load(partial_sums + part * 2 + 1)
             part_summed = tl.load(partial + part * D + columns, mask=column_ok, other=0.0)
             new_best = tl.maximum(best, part_best)

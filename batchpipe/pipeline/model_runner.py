@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend, AttentionInputs
-from batchpipe.attention.device_inputs import CHUNK_TOKENS, DeviceInputs, DeviceStepInputs
+from batchpipe.attention.device_inputs import CHUNK_TOKENS, DeviceInputs, DeviceStepInputs, Padding
 from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.load import StageModel
-from batchpipe.pipeline.step_graphs import StepGraphs, padding_of
+from batchpipe.pipeline.step_graphs import StepGraphs, most_padded, padding_of
 from batchpipe.types import Int32Array, Step
 
 
@@ -77,14 +77,16 @@ class GpuRunner:
     def __init__(self, part: StagePart, pool: KvPool, tile_queries: int) -> None:
         self._part = part
         self._pool = pool
+        self._tile_queries = tile_queries
+        self._num_padded = most_padded(part.max_step_tokens)
         self._inputs = DeviceStepInputs(
             pool.device,
             pool.block_tokens,
-            max_tokens=part.max_step_tokens,
-            max_sequences=part.max_batch_sequences,
+            max_tokens=self._num_padded,
+            max_sequences=most_padded(part.max_batch_sequences),
             tile_queries=tile_queries,
         )
-        self._graphs = StepGraphs(pool.device, part.max_batch_sequences) if pool.device.type == "cuda" else None
+        self._graphs = StepGraphs(pool.device) if pool.device.type == "cuda" else None
         self._hidden: Tensor | None = None  # where a graph finds what the stage before computed
 
     def run(
@@ -98,14 +100,7 @@ class GpuRunner:
         tables = step.block_tables
         if staging_slots is not None:
             tables = np.where(staging_slots >= 0, ~staging_slots, tables)
-        padding = None
-        # With staged blocks a layer waits for its KV on the host, which a graph cannot.
-        records = self._graphs is not None and self._graphs.are_usable and step.transfers is None
-        if records and bool((step.query_lengths == 1).all()) and bool(step.samples.all()):
-            num_items = int((-(-(step.context_lengths + 1) // CHUNK_TOKENS)).sum())
-            padding = padding_of(len(step.query_lengths), num_items)
-            if padding is not None and padding.num_sequences > self._part.max_batch_sequences:
-                padding = None
+        padding = self._padding_of(step)
         inputs = self._inputs.fill(
             step.token_ids, step.query_lengths, step.context_lengths, tables, step.samples, padding
         )
@@ -113,18 +108,34 @@ class GpuRunner:
             return self._forward(inputs, hidden, backend, sampled_before)
         assert self._graphs is not None
         if hidden is not None:
-            hidden = self._at_fixed_address(hidden, padding.num_sequences)
+            hidden = self._at_fixed_address(hidden, padding.num_tokens)
         output = self._graphs.run(
             padding,
             inputs,
             self._inputs.generation,
             lambda inputs: self._forward(inputs, hidden, backend, sampled_before),
         )
-        return output[: len(step.query_lengths)]
+        return output[: int(step.samples.sum()) if self._part.is_last else len(step.token_ids)]
+
+    def _padding_of(self, step: Step) -> Padding | None:
+        """None: the step is not recorded. With staged blocks a layer waits for its KV on the host, which no graph can."""
+        if self._graphs is None or not self._graphs.are_usable or step.transfers is not None:
+            return None
+        lengths = step.query_lengths
+        is_decode = lengths == 1
+        num_items = -(-(step.context_lengths + 1) // CHUNK_TOKENS)[is_decode]
+        num_tiles = int((-(-lengths // self._tile_queries))[~is_decode].sum())
+        return padding_of(
+            len(step.token_ids),
+            len(lengths),
+            int(num_items.sum()),
+            num_tiles,
+            has_long_decodes=bool((num_items > 1).any()),
+        )
 
     def _at_fixed_address(self, hidden: Tensor, num_tokens: int) -> Tensor:
         if self._hidden is None:
-            self._hidden = hidden.new_zeros(self._part.max_batch_sequences, hidden.shape[1])
+            self._hidden = hidden.new_zeros(self._num_padded, hidden.shape[1])
         self._hidden[: len(hidden)].copy_(hidden)
         return self._hidden[:num_tokens]
 
