@@ -53,6 +53,9 @@ class GpuPipeline:
     def __exit__(self, *exc_info: object) -> None:
         self._in_flight.clear()
         self._stage.close()
+        # The weights and the KV go with them, for a next job of this process.
+        del self._stage, self._sampler
+        torch.cuda.empty_cache()
 
     def submit(self, step: Step) -> None:
         assert len(self._in_flight) < self.capacity.max_in_flight, "more steps in flight than the pipeline holds"

@@ -100,7 +100,8 @@ class GpuRunner:
         tables = step.block_tables
         if staging_slots is not None:
             tables = np.where(staging_slots >= 0, ~staging_slots, tables)
-        padding = self._padding_of(step)
+        # With staged blocks a layer waits for its KV on the host, which no graph can.
+        padding = self._padding_of(step) if hasattr(backend, "attend") else None
         inputs = self._inputs.fill(
             step.token_ids, step.query_lengths, step.context_lengths, tables, step.samples, padding
         )
@@ -118,8 +119,8 @@ class GpuRunner:
         return output[: int(step.samples.sum()) if self._part.is_last else len(step.token_ids)]
 
     def _padding_of(self, step: Step) -> Padding | None:
-        """None: the step is not recorded. With staged blocks a layer waits for its KV on the host, which no graph can."""
-        if self._graphs is None or not self._graphs.are_usable or step.transfers is not None:
+        """None: the step is not recorded."""
+        if self._graphs is None or not self._graphs.are_usable:
             return None
         lengths = step.query_lengths
         is_decode = lengths == 1

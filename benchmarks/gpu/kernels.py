@@ -64,7 +64,7 @@ def _attention(
     flops = 4 * pairs * num_heads * head_dim
     num_bytes = 2 * num_sequences * (num_context + num_new) * num_kv_heads * head_dim * 2
     return {
-        "seconds": seconds,
+        "kernel_seconds": seconds,
         "of_copy_rate": num_bytes / seconds / limits["copy_bytes_per_second"],
         "of_product_rate": flops / seconds / limits["bf16_flops_per_second"],
     }

@@ -17,9 +17,13 @@ from torch import Tensor
 from batchpipe.kv.pool import INTEGERS, KEY, KvPool
 from batchpipe.native.build import load_kernels
 from batchpipe.pipeline.memory import NUM_STAGING_BUFFERS
-from batchpipe.pipeline.swap.copy_engine import Fault, TransferEvent
+from batchpipe.pipeline.swap.copy_engine import Fault
 from batchpipe.pipeline.swap.step_transfers import StepTransfers
 from batchpipe.types import Int32Array
+
+
+# A GPU's copy engine takes longer to be told of a smaller piece than to copy it.
+_LARGE_PIECE_BYTES = 1 << 20
 
 
 class BlockCopies:
@@ -27,20 +31,25 @@ class BlockCopies:
 
     def __init__(self, pool: KvPool, host_pool: KvPool, max_step_tokens: int, faults: tuple[Fault, ...]) -> None:
         self._device = pool.device
+        self._pool, self._host_pool = pool, host_pool
         self._num_blocks = pool.num_blocks
         self._device_slots = _layer_slots(pool)
         self._host_slots = _layer_slots(host_pool)
         self._host_rows = host_pool.data.view(INTEGERS[pool.dtype.itemsize]).numpy()
         shape = (max_step_tokens, pool.num_layers, 2, pool.num_kv_heads, pool.head_dim)
         self._staging = [torch.zeros(shape, dtype=pool.dtype, device=pool.device) for _ in range(NUM_STAGING_BUFFERS)]
-        self._landing = self._staging  # where the host reads what was staged
-        if pool.device.type == "cuda":
-            self._landing = [torch.zeros(shape, dtype=pool.dtype, pin_memory=True) for _ in self._staging]
         self._faults = {(one.kind, one.step_id, one.number) for one in faults}
 
     def staging_of(self, moves: StepTransfers) -> Tensor:
         """[T, L, 2, Hkv, D]: the step's new KV, filled while it is computed."""
         return _of(moves, self._staging)
+
+    def stage(self, moves: StepTransfers) -> None:
+        """On a GPU, once a step is computed whose blocks are all in the pool: its new KV to the staging buffer."""
+        from batchpipe.pipeline.swap.triton_copies import copy_tokens, on_gpu
+
+        blocks, rows = (on_gpu(numbers, self._device) for numbers in (moves.device_blocks, moves.host_rows))
+        copy_tokens(_of(moves, self._staging), self._pool, blocks, rows, to_pool=False)
 
     def loads_of(self, moves: StepTransfers) -> tuple[Int32Array, Int32Array]:
         """The step's loads [M, 2], and those that come too late, which only a fault makes."""
@@ -71,15 +80,20 @@ class BlockCopies:
 
     def store(self, moves: StepTransfers) -> None:
         """Writes the step's new KV to the host, after the step's copies between host blocks."""
-        landed = _of(moves, self._landing)
-        if self._landing is not self._staging:
-            landed.copy_(_of(moves, self._staging), non_blocking=True)
-            copied = TransferEvent(self._device)
-            copied.record()
-            copied.synchronize()
+        staged = _of(moves, self._staging)
+        if self._device.type == "cuda" and (len(moves.transfers.host_copies) or self._faults):
+            torch.cuda.current_stream(self._device).synchronize()  # what the steps before stored is there
         for source, target in moves.transfers.host_copies.tolist():
             copy_bytes(self._host_slots[target], self._host_slots[source])
-        integers = landed.view(INTEGERS[landed.dtype.itemsize]).numpy()
+        if self._device.type == "cuda":
+            from batchpipe.pipeline.swap.triton_copies import copy_tokens, on_gpu
+
+            blocks, rows = (on_gpu(numbers, self._device) for numbers in (moves.host_blocks, moves.host_rows))
+            copy_tokens(staged, self._host_pool, blocks, rows, to_pool=True)
+            if self._faults:
+                torch.cuda.current_stream(self._device).synchronize()
+            return
+        integers = staged.view(INTEGERS[staged.dtype.itemsize]).numpy()
         self._host_rows[moves.host_blocks, :, :, :, moves.host_rows] = integers
 
     def flip_bits(self, moves: StepTransfers) -> None:
@@ -100,7 +114,12 @@ def copy_bytes(target: Tensor, source: Tensor) -> None:
 def copy_pieces(targets: Tensor, to: Int32Array, sources: Tensor, of: Int32Array) -> None:
     """Piece of[i] of `sources` to place to[i] of `targets`, uint8 [N, bytes], pieces contiguous; see `copy_bytes`."""
     assert to.max(initial=0) < len(targets) and of.max(initial=0) < len(sources), "a piece of nowhere"
-    kernel = None if targets.is_cuda or sources.is_cuda else _copy_kernel()
+    on_gpu = targets.is_cuda or sources.is_cuda
+    if on_gpu and targets.shape[1] < _LARGE_PIECE_BYTES:
+        from batchpipe.pipeline.swap.triton_copies import copy_pieces_on_gpu
+
+        return copy_pieces_on_gpu(targets, to, sources, of)
+    kernel = None if on_gpu else _copy_kernel()
     if kernel is None:
         for target, source in zip(to.tolist(), of.tolist(), strict=True):
             copy_bytes(targets[target], sources[source])

@@ -73,7 +73,8 @@ class KvSwapper:
         emulated: EmulatedLink | None,
     ) -> None:
         assert STAGED_LAYERS * streams_per_block <= pool.num_layers, "more staged blocks than a block has slots for"
-        self.backend = KvCapture(backend, self._before_layer, self._after_layer)
+        self._backend = backend
+        self._captured = KvCapture(backend, self._before_layer, self._after_layer)
         self._pool = pool
         self._host_pool = host_pool
         self._layer_bytes = pool.bytes_per_block // pool.num_layers
@@ -124,12 +125,24 @@ class KvSwapper:
         slots = moves.transfers.staging_tables
         return np.where(slots < 0, np.int32(-1), moves.staging_slots[slots])
 
+    @property
+    def backend(self) -> AttentionBackend:
+        """What the step that has begun computes with. On a GPU one whose KV is all in the pool needs no look at layers."""
+        moves = self._moves[self._num_computed]
+        return self._captured if self._looks_at_layers(moves) else self._backend
+
+    def _looks_at_layers(self, moves: StepTransfers) -> bool:
+        on_gpu = self._pool.device.type == "cuda"
+        return not on_gpu or moves.loads_by_layer or bool(moves.arrived) or self._backend.name != "triton"
+
     def finish(self) -> tuple[LinkUse, dict[int, str]]:
         """Call after the model ran. Returns (link use of this step, {sequence id: what is wrong with its KV}).
 
         The times of write-backs, and on a GPU of all that it has not reached, count with a later step.
         """
         moves = self._moves[self._num_computed]
+        if not self._looks_at_layers(moves):
+            self._copies.stage(moves)
         if self._verifier is not None:
             moves.checks = self._verifier.stage(self._copies.staging_of(moves), moves.host_blocks)
             if self._verifier.checks_reads:

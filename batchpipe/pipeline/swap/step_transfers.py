@@ -23,6 +23,7 @@ class StepTransfers:
     staging_slots: Int32Array  # [V]: the layer slot where it begins, see `AttentionInputs`
     loads_by_layer: bool  # nothing computes beside the step's loads, so they are copied beside its own layers
     host_blocks: Int32Array  # [T]: where each new token's KV goes
+    device_blocks: Int32Array  # [T]: where it is computed; any block's number where that one is staged
     host_rows: Int32Array  # [T]
     loaded_bytes: int  # staged blocks included
     stored_bytes: int
@@ -56,8 +57,12 @@ class StepTransfers:
             transfers=transfers,
             staging_blocks=staging_blocks,
             staging_slots=staging_blocks * pool.num_layers + 2 * pairs,
-            loads_by_layer=is_alone and len(is_copied) > 0 and not is_copied.any(),
+            # Waiting in every layer costs a GPU more than it hides: such a step cannot run as a graph.
+            loads_by_layer=(
+                is_alone and pool.device.type == "cpu" and len(is_copied) > 0 and not bool(is_copied.any())
+            ),
             host_blocks=transfers.host_tables[sequences, positions // pool.block_tokens],
+            device_blocks=step.block_tables[sequences, positions // pool.block_tokens],
             host_rows=(positions % pool.block_tokens).astype(np.int32),
             loaded_bytes=(len(transfers.loads) + num_staged) * pool.bytes_per_block,
             stored_bytes=len(positions) * pool.bytes_per_block // pool.block_tokens,
