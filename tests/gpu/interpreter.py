@@ -1,13 +1,14 @@
-"""Triton's interpreter, for tests of kernels where there is no GPU. Import before any kernel.
+"""Where the tests of a GPU's kernels run: on the GPU, or in Triton's interpreter where there is none.
 
-Where there is a GPU the tests run on it, and nothing is changed.
+Import before any kernel. The tests' conftest asks for the interpreter, before anything can import Triton.
 """
 
 from __future__ import annotations
 
-import os
-
+import pytest
 import torch
+
+pytest.importorskip("triton", reason="no Triton here")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -26,5 +27,4 @@ def _index_like_numpy() -> None:
 
 
 if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
     _index_like_numpy()
