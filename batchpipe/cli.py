@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _SOME_ROWS_FAILED = 3
 _PATH: click.Path = click.Path(path_type=Path)
+OWN_PROCESS = object()  # the context's object where the process was started for this one command
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -91,7 +92,7 @@ def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...])
     job = _load(job_path, overrides)
     from batchpipe.commands.validate import validate_job
 
-    report = validate_job(job)
+    report = validate_job(job, own_process=context.obj is OWN_PROCESS)
     for problem in report["problems"]:
         click.echo(problem, err=True)
     click.echo(_json(report))
@@ -101,12 +102,13 @@ def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...])
 @main.command()
 @_job_command
 @click.option("--hardware", metavar="NAME|FILE", help="Another machine, as in 4xl20 or a hardware file.")
-def plan(job_path: Path, overrides: tuple[str, ...], hardware: str | None) -> None:
+@click.pass_context
+def plan(context: click.Context, job_path: Path, overrides: tuple[str, ...], hardware: str | None) -> None:
     """Tell what JOB would take, here or on another machine; no model is loaded."""
     job = _load(job_path, overrides)
     from batchpipe.commands.plan import describe_plan, plan_job
 
-    found = plan_job(job, hardware)
+    found = plan_job(job, hardware, own_process=context.obj is OWN_PROCESS)
     click.echo(describe_plan(found))
     click.echo(_json(found))
 
@@ -203,3 +205,12 @@ def doctor(context: click.Context) -> None:
         click.echo(finding.line, err=True)
     click.echo(_json({finding.name: finding.data for finding in findings}))
     context.exit(int(any(finding.is_broken for finding in findings)))
+
+
+def entry() -> None:
+    """The installed command, and `python -m batchpipe`."""
+    main(prog_name="batchpipe", obj=OWN_PROCESS)
+
+
+if __name__ == "__main__":  # python -m batchpipe.cli
+    entry()

@@ -6,19 +6,21 @@ from collections import Counter
 from typing import Any
 
 from batchpipe.job import Job
-from batchpipe.runner.prepare import prepare
+from batchpipe.runner.open_job import open_job
+from batchpipe.runner.prepare import complete
 from batchpipe.types import FailedRow
 
 # Rows of each kind of failure that are listed; the counts are of all.
 LISTED_PER_CODE = 5
 
 
-def validate_job(job: Job) -> dict[str, Any]:
+def validate_job(job: Job, *, own_process: bool = False) -> dict[str, Any]:
     """Counts of rows and tokens, and what would fail and why.
 
+    own_process: it ends with this command, so transformers may do without torch (`model.without_torch`).
     Raises the errors that a run of the job would raise before it loads the model.
     """
-    prepared = prepare(job)
+    prepared = complete(open_job(job), computes=not own_process)
     num_rows = num_prompt_tokens = longest_prompt_tokens = num_output_tokens = 0
     codes: Counter[str] = Counter()
     problems: list[str] = []

@@ -14,7 +14,6 @@ from batchpipe.cost.online import OnlineCost
 from batchpipe.errors import InterruptedRunError, TooManyFailedError
 from batchpipe.job import Job, load_job
 from batchpipe.pipeline.base import Pipeline
-from batchpipe.placement import open as opening
 from batchpipe.placement.placement import Placement
 from batchpipe.read.ahead import Ahead
 from batchpipe.report.metrics import append_metrics, read_metrics
@@ -23,10 +22,12 @@ from batchpipe.runner.engine import Engine
 from batchpipe.runner.gc_tuning import calm_collector
 from batchpipe.runner.interrupt import Interrupt
 from batchpipe.runner.metrics import Account
-from batchpipe.runner.prepare import Prepared, prepare
+from batchpipe.runner.open_job import open_job
+from batchpipe.runner.prepare import Prepared, complete
 from batchpipe.runner.result import Result
 from batchpipe.sample.detokenize import detokenize, failed_outcome
 from batchpipe.types import FailedRow, Request
+from batchpipe.write.folder import OutputFolder
 from batchpipe.write.row_set import RowCounts
 from batchpipe.write.writer import CompletionWriter
 
@@ -44,47 +45,68 @@ def run_job(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     fresh: bool = False,
-    open_pipelines: OpenPipelines = opening.open_pipelines,
+    open_pipelines: OpenPipelines | None = None,
 ) -> Result:
     """See `batchpipe.run`; `open_pipelines` is how tests and simulations bring their own engine."""
     account = Account()
-    prepared = prepare(load_job(job, overrides))
-    with prepared.open_output(fresh) as folder:
-        if folder.finished:
-            return Result(folder.place, read_metrics(folder.place)[-1], exit_code=0)
-        with ExitStack() as stack:
-            interrupt = stack.enter_context(Interrupt())
-            ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
-            predictor = prepared.open_predictor()
-            placement = prepared.place()
-            if placement.engine.kv_host_memory > 0 and placement.offload.mode == "none":
-                reason = placement.offload.reason
-                logger.warning("KV stays on the device, engine.kv_host_memory is not used: %s", reason)
-            pipelines = open_pipelines(placement)
-            cost = None if placement.cost is None else OnlineCost(placement.cost.model)
-            for pipeline in pipelines:
-                stack.enter_context(pipeline)
-            stack.enter_context(calm_collector())
-            account.loaded()
-            writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
-            engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
-            reading = partial(_reading, prepared, engine, writer)
-            progress = stack.enter_context(Progress(prepared.source.num_rows(), reading))
-            stop: str | None = None
-            while stop is None and not (engine.idle and ahead.exhausted):
-                items = ahead.take(engine.room, block=engine.idle)
-                engine.add(item for item in items if isinstance(item, Request))
-                outcomes = [failed_outcome(item) for item in items if isinstance(item, FailedRow)]
-                outcomes += detokenize(engine.advance(), prepared.texts, prepared.eos_token_ids, prepared.reasoning)
-                engine.meter.add_outcomes(outcomes)
-                writer.write(outcomes)
-                progress.tick()
-                stop = interrupt.requested or _too_many_failed(prepared, writer.counts)
-            metrics = account.metrics(prepared, engine, writer.counts)
-            append_metrics(folder.place, metrics)
-            if stop is None:
-                writer.finish(prepared.source.rows_seen)
-    result = Result(folder.place, asdict(metrics), exit_code=_SOME_ROWS_FAILED if metrics.rows_failed else 0)
+    opened = open_job(load_job(job, overrides))
+    with ExitStack() as stack:
+        # An output that is there is looked at before the tokenizer is loaded; a new one is made when all else is right.
+        folder = stack.enter_context(opened.open_output()) if opened.output_is_begun and not fresh else None
+        if folder is not None and folder.finished:
+            return Result(folder.place, read_metrics(folder.place)[-1], _exit_code(folder.counts))
+        prepared = complete(opened)
+        if folder is None:
+            folder = stack.enter_context(opened.open_output(fresh))
+        return _run(prepared, folder, account, open_pipelines or _open_pipelines)
+
+
+def _open_pipelines(placement: Placement) -> Sequence[Pipeline]:
+    from batchpipe.placement.open import open_pipelines  # brings torch and transformers' models
+
+    return open_pipelines(placement)
+
+
+def _exit_code(counts: RowCounts) -> int:
+    return _SOME_ROWS_FAILED if counts.failed else 0
+
+
+def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipelines: OpenPipelines) -> Result:
+    """Runs the rows that `folder` lacks."""
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
+        predictor = prepared.open_predictor()
+        placement = prepared.place()
+        if placement.engine.kv_host_memory > 0 and placement.offload.mode == "none":
+            reason = placement.offload.reason
+            logger.warning("KV stays on the device, engine.kv_host_memory is not used: %s", reason)
+        pipelines = open_pipelines(placement)
+        cost = None if placement.cost is None else OnlineCost(placement.cost.model)
+        for pipeline in pipelines:
+            stack.enter_context(pipeline)
+        stack.enter_context(calm_collector())
+        account.loaded()
+        writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
+        engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
+        progress = stack.enter_context(
+            Progress(prepared.source.num_rows(), partial(_reading, prepared, engine, writer))
+        )
+        stop: str | None = None
+        while stop is None and not (engine.idle and ahead.exhausted):
+            items = ahead.take(engine.room, block=engine.idle)
+            engine.add(item for item in items if isinstance(item, Request))
+            outcomes = [failed_outcome(item) for item in items if isinstance(item, FailedRow)]
+            outcomes += detokenize(engine.advance(), prepared.texts, prepared.eos_token_ids, prepared.reasoning)
+            engine.meter.add_outcomes(outcomes)
+            writer.write(outcomes)
+            progress.tick()
+            stop = interrupt.requested or _too_many_failed(prepared, writer.counts)
+        metrics = account.metrics(prepared, engine, writer.counts)
+        append_metrics(folder.place, metrics)
+        if stop is None:
+            writer.finish(prepared.source.rows_seen)
+    result = Result(folder.place, asdict(metrics), _exit_code(folder.counts))
     if interrupt.requested is not None and stop is not None:
         message = f"stopped by {stop} with {metrics.rows_total} rows done; the same command continues"
         raise InterruptedRunError(message, result.summary)

@@ -61,6 +61,11 @@ def open_output(
     return folder
 
 
+def is_begun(path: str | Path) -> bool:
+    """Whether a run has begun to write there, of whatever job."""
+    return open_place(path).size_bytes(f"{STATE}/identity.json") is not None
+
+
 def next_part_number(folder: OutputFolder) -> int:
     """The number after the highest part's."""
     return max(_numbered(folder.place.sizes_bytes(COMPLETIONS), PART_NAME), default=-1) + 1
