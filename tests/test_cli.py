@@ -46,8 +46,9 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_python_m_batchpipe_is_the_command() -> None:
-    done = python("-m", "batchpipe", "--version")
+@pytest.mark.parametrize("module", ["batchpipe", "batchpipe.cli"])
+def test_python_m_is_the_command(module: str) -> None:
+    done = python("-m", module, "--version")
     assert (done.returncode, done.stdout) == (0, f"batchpipe {batchpipe.__version__}\n")
 
 
@@ -142,7 +143,7 @@ def test_validate_reports_rows_and_problems(
     job_path: str, monkeypatch: pytest.MonkeyPatch, failed: int, code: int
 ) -> None:
     report = {"rows": 5, "failed": failed, "problems": ["row 3: empty_prompt"] * failed}
-    fake = SimpleNamespace(validate_job=lambda job: report)
+    fake = SimpleNamespace(validate_job=lambda job, own_process: report)
     monkeypatch.setitem(sys.modules, "batchpipe.commands.validate", fake)
     done = invoke("validate", job_path)
     assert (done.exit_code, json.loads(done.stdout)) == (code, report)

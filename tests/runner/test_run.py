@@ -129,8 +129,29 @@ def test_a_finished_job_gives_its_result_again(tmp_path: Path) -> None:
 
     again = run_job(job, open_pipelines=never)
     assert again.exit_code == 0
+    assert again.summary == first.summary
     assert again.metrics["run_id"] == first.metrics["run_id"]
     assert again.table() == first.table()
+
+
+def test_a_finished_job_ends_as_it_ended_without_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(tmp_path, [*good_rows(3), "no json"])
+    first = run_job(job, open_pipelines=open_fake)
+
+    def never(opened: object) -> None:
+        raise AssertionError("a finished job needs no tokenizer")
+
+    monkeypatch.setattr("batchpipe.runner.run.complete", never)
+    again = run_job(job)
+    assert (again.exit_code, again.summary) == (first.exit_code, first.summary) and again.exit_code == 3
+
+
+def test_what_cannot_run_leaves_no_output_behind(tmp_path: Path) -> None:
+    job = job_of(tmp_path, good_rows(1), input={"chat_template": str(tmp_path / "wrong.jinja")})
+    (tmp_path / "wrong.jinja").write_text("{% if %}")
+    with pytest.raises(JobError, match="no prompt can be written"):
+        run_job(job, open_pipelines=open_fake)
+    assert not (tmp_path / "output").exists()
 
 
 def test_another_job_is_refused_with_the_difference_and_fresh_moves_it_aside(tmp_path: Path) -> None:
