@@ -168,11 +168,13 @@ def evaluate(**options: Any) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-def status(folder: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, with the last run's metrics.")
+def status(folder: str, as_json: bool) -> None:
     """Print how far the job with output folder DIR is."""
-    from batchpipe.commands.status import status_of
+    from batchpipe.commands.status import describe_status, status_of
 
-    click.echo(_json(status_of(folder)))
+    found = status_of(folder)
+    click.echo(_json(found) if as_json else describe_status(found))
 
 
 @main.command()

@@ -177,10 +177,12 @@ def test_each_command_takes_its_options_and_tells_what_is_wrong(
 def test_status_prints_what_is_known_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started_at = datetime(2024, 1, 31, tzinfo=UTC)
     fake = SimpleNamespace(
-        status_of=lambda folder: {"folder": folder.rpartition("/")[2], "last_run": {"started_at": started_at}}
+        status_of=lambda folder: {"folder": folder.rpartition("/")[2], "last_run": {"started_at": started_at}},
+        describe_status=lambda found: f"lines about {found['folder']}",
     )
     monkeypatch.setitem(sys.modules, "batchpipe.commands.status", fake)
-    done = invoke("status", str(tmp_path / "runs"))
+    assert invoke("status", str(tmp_path / "runs")).stdout == "lines about runs\n"
+    done = invoke("status", str(tmp_path / "runs"), "--json")
     assert (done.exit_code, json.loads(done.stdout)) == (
         0,
         {"folder": "runs", "last_run": {"started_at": "2024-01-31T00:00:00+00:00"}},

@@ -17,6 +17,7 @@ from batchpipe.pipeline.base import Pipeline
 from batchpipe.placement.placement import Placement
 from batchpipe.read.ahead import Ahead
 from batchpipe.report.metrics import append_metrics, read_metrics
+from batchpipe.report.note import NoteWriter
 from batchpipe.report.progress import Progress, Reading
 from batchpipe.runner.engine import Engine
 from batchpipe.runner.gc_tuning import calm_collector
@@ -89,9 +90,9 @@ def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipeli
         account.loaded()
         writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
         engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
-        progress = stack.enter_context(
-            Progress(prepared.source.num_rows(), partial(_reading, prepared, engine, writer))
-        )
+        reading = partial(_reading, prepared, engine, writer)
+        note = stack.enter_context(NoteWriter(folder.state, partial(_rows_total, prepared), reading))
+        progress = stack.enter_context(Progress(prepared.source.num_rows(), reading))
         stop: str | None = None
         while stop is None and not (engine.idle and ahead.exhausted):
             items = ahead.take(engine.room, block=engine.idle)
@@ -101,6 +102,7 @@ def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipeli
             engine.meter.add_outcomes(outcomes)
             writer.write(outcomes)
             progress.tick()
+            note.tick()
             stop = interrupt.requested or _too_many_failed(prepared, writer.counts)
         metrics = account.metrics(prepared, engine, writer.counts)
         append_metrics(folder.place, metrics)
@@ -121,6 +123,12 @@ def _reading(prepared: Prepared, engine: Engine, writer: CompletionWriter) -> Re
     fraction = (counts.total + engine.rows_under_way) / max(prepared.estimated_rows(), 1.0)
     tokens = engine.meter.prompt_tokens, engine.meter.output_tokens
     return Reading(counts.total, counts.failed, *tokens, min(fraction, 1.0))
+
+
+def _rows_total(prepared: Prepared) -> tuple[int, bool]:
+    """Rows of the input, and whether they are estimated."""
+    is_estimate = prepared.source.num_rows() is None and prepared.source.progress < 1
+    return round(prepared.estimated_rows()), is_estimate
 
 
 def _too_many_failed(prepared: Prepared, counts: RowCounts) -> str | None:

@@ -21,7 +21,7 @@ from batchpipe.errors import OutputError
 from batchpipe.write.crash import crash_point
 from batchpipe.write.durable import sync, write_fully, write_whole, writing
 from batchpipe.write.place import Place
-from batchpipe.write.row_set import Int64Array, Range, RowCounts, from_ranges, summarize, to_ranges
+from batchpipe.write.row_set import SUMMARIZED, Int64Array, Range, RowCounts, from_ranges, summarize, to_ranges
 
 IDENTITY_KEY = "batchpipe.identity_sha256"
 
@@ -81,7 +81,7 @@ def describe_part(file: pa.NativeFile, path: str, metadata: Mapping[bytes, bytes
         file.seek(0)
         with pq.ParquetFile(file) as part:
             found = part.metadata.metadata or {}
-            table = part.read(["row_index", "sample_index", "status"])
+            table = part.read(SUMMARIZED)
         num_bytes = file.size()
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{path}: cannot be read as a part of the completions: {error}") from error

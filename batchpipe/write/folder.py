@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 import uuid
@@ -19,11 +18,8 @@ from batchpipe.write.commit import CommitLog, PartRecord, commit_part
 from batchpipe.write.crash import crash_point
 from batchpipe.write.durable import writing
 from batchpipe.write.lock import PlaceLock
-from batchpipe.write.place import COMPLETIONS, STATE, SUCCESS, Place
+from batchpipe.write.place import COMMITS, COMPLETIONS, PART_NAME, STATE, SUCCESS, Place
 from batchpipe.write.row_set import Int64Array, RowCounts, RowSet
-
-COMMITS = "commits.jsonl"
-PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
 # A remote place gets the commit log again this often; the parts that it lacks are read by a run that resumes elsewhere.
 _LOG_UPLOAD_SECONDS = 30.0

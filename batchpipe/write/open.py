@@ -18,15 +18,13 @@ from batchpipe.errors import OutputError
 from batchpipe.job.identity import Identity, difference
 from batchpipe.write.commit import IDENTITY_KEY, PartRecord, describe_part
 from batchpipe.write.durable import writing
-from batchpipe.write.folder import COMMITS, PART_NAME, OutputFolder, to_json
+from batchpipe.write.folder import OutputFolder, to_json
 from batchpipe.write.lock import FolderLock
-from batchpipe.write.place import COMPLETIONS, STATE, Place, open_place
+from batchpipe.write.place import COMMITS, COMPLETIONS, LOG_NAME, PART_NAME, STATE, Place, open_place
 from batchpipe.write.remote_lock import RemoteLock
 from batchpipe.write.row_log import read_log
 from batchpipe.write.row_set import summarize
 from batchpipe.write.schema import SCHEMA_VERSION
-
-_LOG_NAME = re.compile(r"rows-(\d{5,})\.log")
 
 
 def open_output(
@@ -155,7 +153,7 @@ def _recover(folder: OutputFolder) -> None:
         folder.parts.append(record)
     if unrecorded or not intact:
         folder.commit_log.rewrite(folder.parts)
-    logs = _numbered((path.name for path in folder.state.iterdir()), _LOG_NAME)
+    logs = _numbered((path.name for path in folder.state.iterdir()), LOG_NAME)
     for number, name in logs.items():
         _settle_log(folder, number, folder.state / name, committed=number in parts)
 

@@ -106,7 +106,7 @@ def test_samples_of_a_row_are_never_split_between_parts(tmp_path: Path) -> None:
     with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=4) as completions:
         completions.write(outcomes_of(range(5), num_samples=3))
         completions.finish(5)
-        assert completions.counts == RowCounts(succeeded=4, failed=1)
+        assert completions.counts == RowCounts(4, 1, 0, {"empty_prompt": 1}, prompt_tokens=25, completion_tokens=36)
     sizes = [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "completions").iterdir())]
     assert sizes == [6, 6, 3]
 
