@@ -14,7 +14,7 @@ from batchpipe.model.generation_config import with_tokenizers_end
 from batchpipe.model.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from batchpipe.model.without_torch import keep_torch_out
 from batchpipe.placement.machine import this_machine
-from batchpipe.placement.placement import Placement, place
+from batchpipe.placement.placement import JobBlocks, Placement, place
 from batchpipe.predict.base import LengthPredictor
 from batchpipe.predict.open import open_predictor
 from batchpipe.read.openai_body import OVERRIDES
@@ -101,9 +101,10 @@ class Prepared(OpenedJob):
         decode = self.texts.decoder(request.prompt_token_ids.tolist(), keep=keep)
         return StopStrings(decode, sampling.stop, sampling.min_tokens)
 
-    def place(self) -> Placement:
+    def place(self, job_blocks: JobBlocks | None = None) -> Placement:
         """On this machine. Raises JobError or MemoryLimitError; see `batchpipe.placement.placement.place`."""
-        return place(this_machine(self.job.engine), self.job.engine, self.info, self.num_sequences())
+        engine = self.job.engine
+        return place(this_machine(engine), engine, self.info, self.num_sequences(), job_blocks)
 
     def num_sequences(self) -> int | None:
         """All samples of all rows, where both are known beforehand."""

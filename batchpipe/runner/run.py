@@ -38,6 +38,8 @@ OpenPipelines = Callable[[Placement], Sequence[Pipeline]]
 
 # Rows read and tokenised before the engine asks for them; a few tens of megabytes with long prompts.
 AHEAD_ROWS = 4096
+# How long loading waits for the rows of a small input, to make no more KV than they can use.
+READ_SECONDS = 0.5
 _SOME_ROWS_FAILED = 3
 
 
@@ -78,7 +80,7 @@ def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipeli
         interrupt = stack.enter_context(Interrupt())
         ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
         predictor = prepared.open_predictor()
-        placement = prepared.place()
+        placement = prepared.place(partial(_blocks_of_all, ahead))
         if placement.engine.kv_host_memory > 0 and placement.offload.mode == "none":
             reason = placement.offload.reason
             logger.warning("KV stays on the device, engine.kv_host_memory is not used: %s", reason)
@@ -115,6 +117,18 @@ def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipeli
     if stop is not None:
         raise TooManyFailedError(stop, result.summary)
     return result
+
+
+def _blocks_of_all(ahead: Ahead[Request | FailedRow], block_tokens: int) -> int | None:
+    """KV blocks of all rows at a time, if they are few enough to have been read already; for `Placement.job_blocks`."""
+    items = ahead.whole(READ_SECONDS)
+    if items is None:
+        return None
+    return sum(
+        item.sampling.n * -(-(len(item.prompt_token_ids) + item.sampling.max_tokens) // block_tokens)
+        for item in items
+        if isinstance(item, Request)
+    )
 
 
 def _reading(prepared: Prepared, engine: Engine, writer: CompletionWriter) -> Reading:
