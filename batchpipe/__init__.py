@@ -26,13 +26,16 @@ def run(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     fresh: bool = False,
+    retry_failed: bool = False,
+    extend: bool = False,
 ) -> Result:
     """Runs a job, or continues it; a finished one gives its result again at once.
 
     job: a job file's path, a mapping of the same shape, or a Job. overrides: {"input.limit": 100} or a list of
     "input.limit=100".
-    fresh: moves an earlier output of the same folder aside. Raises the errors of `batchpipe.errors`.
+    fresh: moves an earlier output of the same folder aside. retry_failed: rows that failed run again. extend: the job's
+    input may have grown by rows or files, or its input.limit been raised. Raises the errors of `batchpipe.errors`.
     """
     from batchpipe.runner.run import run_job
 
-    return run_job(job, overrides, fresh=fresh)
+    return run_job(job, overrides, fresh=fresh, retry_failed=retry_failed, extend=extend)

@@ -76,10 +76,12 @@ def main() -> None:
 @main.command()
 @_job_command
 @click.option("--fresh", is_flag=True, help="Move an old output folder aside and start anew.")
+@click.option("--retry-failed", is_flag=True, help="Run rows that failed again; the others stay as they are.")
+@click.option("--extend", is_flag=True, help="Run the new rows of an input that only grew, or of a raised input.limit.")
 @click.pass_context
-def run(context: click.Context, job_path: Path, overrides: tuple[str, ...], fresh: bool) -> None:
+def run(context: click.Context, job_path: Path, overrides: tuple[str, ...], **how: bool) -> None:
     """Run JOB, or continue it where it stopped."""
-    result = batchpipe.run(_load(job_path, overrides), fresh=fresh)
+    result = batchpipe.run(_load(job_path, overrides), **how)
     click.echo(_json(result.summary))
     context.exit(result.exit_code)
 

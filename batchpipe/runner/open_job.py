@@ -52,14 +52,18 @@ class OpenedJob:
         """Whether a run has written to the output folder, of this job or of another one."""
         return is_begun(self.job.output.path)
 
-    def open_output(self, fresh: bool = False) -> OutputFolder:
+    def open_output(self, *, fresh: bool = False, extend: bool = False) -> OutputFolder:
+        marked = self.source.marked
         return open_output(
             self.job.output.path,
             identity=self.identity,
             job_yaml=yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
             schema=self.schema,
             provenance={"version": batchpipe.__version__, "model": self.model.name, "revision": self.model.revision},
+            input_files=[] if marked is None else marked.marks,
+            compare_input=None if marked is None else marked.change_since,
             fresh=fresh,
+            extend=extend,
         )
 
 

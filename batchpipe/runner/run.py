@@ -19,6 +19,7 @@ from batchpipe.read.ahead import Ahead
 from batchpipe.report.metrics import append_metrics, read_metrics
 from batchpipe.report.note import NoteWriter
 from batchpipe.report.progress import Progress, Reading
+from batchpipe.report.say import say
 from batchpipe.runner.engine import Engine
 from batchpipe.runner.gc_tuning import calm_collector
 from batchpipe.runner.interrupt import Interrupt
@@ -29,6 +30,7 @@ from batchpipe.runner.result import Result
 from batchpipe.sample.detokenize import detokenize, failed_outcome
 from batchpipe.types import FailedRow, Request
 from batchpipe.write.folder import OutputFolder
+from batchpipe.write.retry import drop_failed
 from batchpipe.write.row_set import RowCounts
 from batchpipe.write.writer import CompletionWriter
 
@@ -48,6 +50,8 @@ def run_job(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     fresh: bool = False,
+    retry_failed: bool = False,
+    extend: bool = False,
     open_pipelines: OpenPipelines | None = None,
 ) -> Result:
     """See `batchpipe.run`; `open_pipelines` is how tests and simulations bring their own engine."""
@@ -55,12 +59,16 @@ def run_job(
     opened = open_job(load_job(job, overrides))
     with ExitStack() as stack:
         # An output that is there is looked at before the tokenizer is loaded; a new one is made when all else is right.
-        folder = stack.enter_context(opened.open_output()) if opened.output_is_begun and not fresh else None
+        folder = None
+        if opened.output_is_begun and not fresh:
+            folder = stack.enter_context(opened.open_output(extend=extend))
+            if retry_failed and (num_failed := drop_failed(folder)):
+                say(f"{num_failed:,} failed rows run again")
         if folder is not None and folder.finished:
             return Result(folder.place, read_metrics(folder.place)[-1], _exit_code(folder.counts))
         prepared = complete(opened)
         if folder is None:
-            folder = stack.enter_context(opened.open_output(fresh))
+            folder = stack.enter_context(opened.open_output(fresh=fresh))
         return _run(prepared, folder, account, open_pipelines or _open_pipelines)
 
 
