@@ -79,9 +79,11 @@ def main() -> None:
 @click.option("--retry-failed", is_flag=True, help="Run rows that failed again; the others stay as they are.")
 @click.option("--extend", is_flag=True, help="Run the new rows of an input that only grew, or of a raised input.limit.")
 @click.pass_context
-def run(context: click.Context, job_path: Path, overrides: tuple[str, ...], **how: bool) -> None:
+def run(
+    context: click.Context, job_path: Path, overrides: tuple[str, ...], fresh: bool, retry_failed: bool, extend: bool
+) -> None:
     """Run JOB, or continue it where it stopped."""
-    result = batchpipe.run(_load(job_path, overrides), **how)
+    result = batchpipe.run(_load(job_path, overrides), fresh=fresh, retry_failed=retry_failed, extend=extend)
     click.echo(_json(result.summary))
     context.exit(result.exit_code)
 

@@ -58,7 +58,9 @@ def test_commands_are_these() -> None:
     ]
     predictor = main.commands["predictor"]
     assert isinstance(predictor, click.Group) and sorted(predictor.commands) == ["evaluate", "train"]
-    assert [option.name for option in main.commands["run"].params] == ["job_path", "overrides", "fresh"]
+    assert [option.name for option in main.commands["run"].params] == [
+        *("job_path", "overrides", "fresh", "retry_failed", "extend")
+    ]
 
 
 def test_run_prints_one_json_line_and_ends_with_the_results_code(
@@ -66,15 +68,17 @@ def test_run_prints_one_json_line_and_ends_with_the_results_code(
 ) -> None:
     calls = []
 
-    def run(job: Job, *, fresh: bool) -> SimpleNamespace:
-        calls.append((job, fresh))
+    def run(job: Job, *, fresh: bool, retry_failed: bool, extend: bool) -> SimpleNamespace:
+        calls.append((job, fresh, retry_failed, extend))
         return SimpleNamespace(summary={"rows_total": 3, "rows_failed": 1}, exit_code=3)
 
     monkeypatch.setattr(batchpipe, "run", run)
     done = invoke("run", job_path, "--set", "sampling.seed=1", "--set", "input.limit=2", "--fresh")
     assert (done.exit_code, json.loads(done.stdout)) == (3, {"rows_total": 3, "rows_failed": 1})
-    job, fresh = calls[0]
-    assert (job.name, job.sampling.seed, job.input.limit, fresh) == ("job", 1, 2, True)
+    invoke("run", job_path, "--retry-failed", "--extend")
+    job = calls[0][0]
+    assert (job.name, job.sampling.seed, job.input.limit) == ("job", 1, 2)
+    assert [call[1:] for call in calls] == [(True, False, False), (False, True, True)]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,7 @@ def test_run_prints_one_json_line_and_ends_with_the_results_code(
 def test_an_error_of_ours_ends_with_its_code_and_message(
     job_path: str, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
-    def run(job: Job, *, fresh: bool) -> None:
+    def run(job: Job, **how: bool) -> None:
         raise error
 
     monkeypatch.setattr(batchpipe, "run", run)
@@ -93,7 +97,7 @@ def test_an_error_of_ours_ends_with_its_code_and_message(
 
 
 def test_a_stopped_run_tells_how_far_it_came(job_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(job: Job, *, fresh: bool) -> None:
+    def run(job: Job, **how: bool) -> None:
         raise TooManyFailedError("2 of 3 rows failed", {"rows_failed": 2})
 
     monkeypatch.setattr(batchpipe, "run", run)
@@ -103,7 +107,7 @@ def test_a_stopped_run_tells_how_far_it_came(job_path: str, monkeypatch: pytest.
 
 
 def test_a_key_pressed_before_the_run_began_loses_nothing(job_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(job: Job, *, fresh: bool) -> None:
+    def run(job: Job, **how: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batchpipe, "run", run)
@@ -115,7 +119,7 @@ def test_a_key_pressed_before_the_run_began_loses_nothing(job_path: str, monkeyp
 def test_a_crash_of_ours_shows_its_traceback(job_path: str) -> None:
     crash = (
         "import sys, batchpipe\nfrom batchpipe.cli import main\n"
-        "def run(job, *, fresh): raise ZeroDivisionError('ours')\n"
+        "def run(job, **how): raise ZeroDivisionError('ours')\n"
         "batchpipe.run = run\nmain(['run', sys.argv[1]])"
     )
     done = python("-c", crash, job_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe.cost.online import OnlineCost
-from batchpipe.errors import InterruptedRunError, TooManyFailedError
+from batchpipe.errors import InterruptedRunError, JobError, TooManyFailedError
 from batchpipe.job import Job, load_job
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.placement.placement import Placement
@@ -56,6 +56,8 @@ def run_job(
 ) -> Result:
     """See `batchpipe.run`; `open_pipelines` is how tests and simulations bring their own engine."""
     account = Account()
+    if fresh and (retry_failed or extend):
+        raise JobError("--fresh starts over; leave it out, or leave out --retry-failed and --extend")
     opened = open_job(load_job(job, overrides))
     with ExitStack() as stack:
         # An output that is there is looked at before the tokenizer is loaded; a new one is made when all else is right.

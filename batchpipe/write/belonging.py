@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,10 +37,15 @@ class Owner:
 
 
 def claim(
-    place: Place, identity: Identity, files: Sequence[FileMark], compare: CompareInput | None, *, extend: bool
+    place: Place,
+    identity: Identity,
+    files: Sequence[FileMark],
+    compare: CompareInput | None,
+    check_extension: Callable[[], None] | None,
 ) -> Owner:
-    """The owner of the folder, which is `identity` or, with `extend`, becomes it where its input only grew.
+    """The owner of the folder, which is `identity` or becomes it where its input only grew and that is allowed.
 
+    check_extension: called before that, to raise what speaks against it; None where the user did not ask for it.
     Raises OutputError if the folder belongs to another job, or it is unknown to which.
     """
     owner = read_owner(place)
@@ -58,12 +63,13 @@ def claim(
     change = compare(owner.files) if compare is not None and owner.files else None
     if not _only_grew(old, new, change):
         raise OutputError(_refusal(place, old, new, change))
-    if not extend:
+    if check_extension is None:
         raise OutputError(
             "\n  ".join([f"{place.address}: holds the rows of a smaller input:", *_lines(old, new, change)])
             + "\nAll old rows are there: run the new ones with --extend, choose another output.path, or start over "
             "with --fresh."
         )
+    check_extension()
     owner = Owner(identity, files, [*owner.earlier, owner.identity.sha256])
     place.delete(SUCCESS)  # first, so that no crash leaves a larger input declared complete
     _write(place, owner)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,9 +59,8 @@ def open_output(
     try:
         metadata = {f"batchpipe.{key}": value for key, value in provenance.items()}
         metadata |= {IDENTITY_KEY: identity.sha256, "batchpipe.schema_version": str(SCHEMA_VERSION)}
-        if extend:
-            _check_columns(place, schema)
-        owner = claim(place, identity, input_files, compare_input, extend=extend)
+        check_columns = partial(_check_columns, place, schema)
+        owner = claim(place, identity, input_files, compare_input, check_columns if extend else None)
         place.write(f"{STATE}/job.yaml", job_yaml.encode())
         folder = OutputFolder(place, lock, owner, schema.with_metadata(metadata))
         _recover(folder)

@@ -26,7 +26,7 @@ JOURNAL = f"{STATE}/retry.json"
 
 
 def drop_failed(folder: OutputFolder) -> int:
-    """Makes the failed rows of an open folder rows without an outcome; returns their number. Call it before a writer."""
+    """Takes the outcomes of failed rows out of an open folder, before it has a writer; returns the number of rows."""
     num_failed = folder.counts.failed
     names = [part.name for part in folder.parts if part.counts.failed]
     if names:
