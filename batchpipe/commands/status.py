@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe.errors import OutputError
+from batchpipe.report.lines import codes_line
 from batchpipe.report.metrics import read_metrics
 from batchpipe.report.note import Note, read_note
 from batchpipe.write.commit import PartRecord, read_commits
@@ -75,7 +76,7 @@ def describe_status(status: Mapping[str, Any]) -> str:
     rows += "".join(f", {status[f'rows_{kind}']:,} {kind}" for kind in ("failed", "canceled") if status[f"rows_{kind}"])
     lines = [f"{status['path']}: {state}", rows]
     if codes := status["failed_by_code"]:
-        lines.append(f"  failed: {describe_codes(codes)}")
+        lines.append(f"  failed: {codes_line(codes)}")
     lines.append(f"  {status['prompt_tokens']:,} tokens in, {status['completion_tokens']:,} out")
     if status["output_tokens_per_second"] is not None:
         left = status["seconds_left"]
@@ -85,11 +86,6 @@ def describe_status(status: Mapping[str, Any]) -> str:
         f"  {status['rows_committed']:,} of them in {status['parts']:,} parts, {status['bytes'] / 2**20:,.1f} MiB"
     )
     return "\n".join([*lines, *(f"  {problem}" for problem in status["parts_missing"])])
-
-
-def describe_codes(codes: Mapping[str, int]) -> str:
-    """Numbers of failed rows by error code, the most frequent first."""
-    return ", ".join(f"{count:,} {code}" for code, count in sorted(codes.items(), key=lambda item: -item[1]))
 
 
 def _logged(place: Place) -> dict[int, RowCounts]:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TextIO
 
 TERMINAL_SECONDS = 0.2
@@ -104,7 +104,7 @@ class Progress:
             return *self._notebook_display(), TERMINAL_SECONDS
         if self._stream.isatty():
             return self._redraw, lambda: self._emit("\n"), TERMINAL_SECONDS
-        return lambda reading: self._emit(self._line(reading) + "\n"), lambda: None, PLAIN_SECONDS
+        return self._log, lambda: None, PLAIN_SECONDS
 
     def _notebook_display(self) -> tuple[Callable[[Reading], None], Callable[[], None]]:
         from tqdm.auto import tqdm
@@ -116,6 +116,9 @@ class Progress:
             bar.set_postfix_str(self._details(reading))
 
         return show, bar.close
+
+    def _log(self, reading: Reading) -> None:
+        self._emit(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._line(reading)}\n")
 
     def _redraw(self, reading: Reading) -> None:
         width = shutil.get_terminal_size().columns - 1

@@ -25,8 +25,10 @@ class Account:
         self._started_seconds = perf_counter()
         self._loaded_seconds = self._started_seconds
 
-    def loaded(self) -> None:
+    def loaded(self) -> float:
+        """The seconds since the run began."""
         self._loaded_seconds = perf_counter()
+        return self._loaded_seconds - self._started_seconds
 
     def metrics(self, prepared: Prepared, engine: Engine, counts: RowCounts) -> RunMetrics:
         now_seconds = perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -27,6 +28,8 @@ from batchpipe.sample.reasoning import ReasoningMarkers, markers_of_template
 from batchpipe.sample.stop import StopStrings
 from batchpipe.sample.text import CompletionTexts
 from batchpipe.types import FailedRow, Request
+
+logger = logging.getLogger(__name__)
 
 AUTO_SCHEDULE = "temporal"
 
@@ -150,5 +153,10 @@ def complete(opened: OpenedJob, *, needs_weights: bool = True, computes: bool = 
     ends = with_tokenizers_end(info.eos_token_ids, *tokenizer.end_token)
     info = replace(info, eos_token_ids=tuple(token_id for token_id in ends if token_id < info.vocabulary_size))
     renderer = (RequestRenderer if opened.source.brings_requests else Renderer)(job.input, tokenizer)
+    if job.sampling.n > 1 and job.sampling.temperature == 0:
+        logger.warning(
+            "sampling.n is %d and sampling.temperature 0: the samples of a row are all the same; set a temperature",
+            job.sampling.n,
+        )
     known = {field.name: getattr(opened, field.name) for field in fields(OpenedJob)}
     return Prepared(**known, info=info, tokenizer=tokenizer, renderer=renderer)

@@ -16,10 +16,10 @@ from batchpipe.job import Job, load_job
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.placement.placement import Placement
 from batchpipe.read.ahead import Ahead
+from batchpipe.report.lines import say
 from batchpipe.report.metrics import append_metrics, read_metrics
 from batchpipe.report.note import NoteWriter
 from batchpipe.report.progress import Progress, Reading
-from batchpipe.report.say import say
 from batchpipe.runner.engine import Engine
 from batchpipe.runner.gc_tuning import calm_collector
 from batchpipe.runner.interrupt import Interrupt
@@ -27,6 +27,7 @@ from batchpipe.runner.metrics import Account
 from batchpipe.runner.open_job import open_job
 from batchpipe.runner.prepare import Prepared, complete
 from batchpipe.runner.result import Result
+from batchpipe.runner.told import end_lines, loaded_line, start_line
 from batchpipe.sample.detokenize import detokenize, failed_outcome
 from batchpipe.types import FailedRow, Request
 from batchpipe.write.folder import OutputFolder
@@ -94,12 +95,13 @@ def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipeli
         if placement.engine.kv_host_memory > 0 and placement.offload.mode == "none":
             reason = placement.offload.reason
             logger.warning("KV stays on the device, engine.kv_host_memory is not used: %s", reason)
+        say(start_line(prepared, placement, folder))
         pipelines = open_pipelines(placement)
         cost = None if placement.cost is None else OnlineCost(placement.cost.model)
         for pipeline in pipelines:
             stack.enter_context(pipeline)
         stack.enter_context(calm_collector())
-        account.loaded()
+        say(loaded_line(account.loaded(), pipelines[0].capacity, len(pipelines)))
         writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
         engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
         reading = partial(_reading, prepared, engine, writer)
@@ -120,9 +122,13 @@ def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipeli
         append_metrics(folder.place, metrics)
         if stop is None:
             writer.finish(prepared.source.rows_seen)
+    for line in end_lines(folder.counts, is_complete=stop is None):
+        say(line)
     result = Result(folder.place, asdict(metrics), _exit_code(folder.counts))
     if interrupt.requested is not None and stop is not None:
-        message = f"stopped by {stop} with {metrics.rows_total} rows done; the same command continues"
+        rows_total, is_estimate = _rows_total(prepared)
+        of_total = f"{metrics.rows_total:,} of {'about ' if is_estimate else ''}{rows_total:,} rows done"
+        message = f"stopped by {stop} with {of_total}; the same command continues"
         raise InterruptedRunError(message, result.summary)
     if stop is not None:
         raise TooManyFailedError(stop, result.summary)

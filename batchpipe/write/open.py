@@ -6,6 +6,7 @@ by the same code; there is no other way in.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -29,6 +30,8 @@ from batchpipe.write.retry import finish_journal, read_journal
 from batchpipe.write.row_log import read_log
 from batchpipe.write.row_set import summarize
 from batchpipe.write.schema import SCHEMA_VERSION
+
+logger = logging.getLogger(__name__)
 
 
 def open_output(
@@ -96,7 +99,7 @@ def _lock_folder(place: Place, fresh: bool) -> FolderLock:
     if not (begun and fresh):
         return lock
     with lock:
-        place.move_to(_aside(place))
+        _move_aside(place)
     return _lock_folder(place, fresh=False)
 
 
@@ -110,7 +113,7 @@ def _lock_remote(place: Place, fresh: bool) -> RemoteLock:
     lock = RemoteLock(place)
     if begun and fresh:
         with lock:
-            place.move_to(_aside(place))
+            _move_aside(place)
         return _lock_remote(place, fresh=False)
     commits = place.working / COMMITS
     if not commits.exists():
@@ -119,8 +122,10 @@ def _lock_remote(place: Place, fresh: bool) -> RemoteLock:
     return lock
 
 
-def _aside(place: Place) -> str:
-    return f"{place.base}.old-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+def _move_aside(place: Place) -> None:
+    aside = f"{place.base}.old-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+    place.move_to(aside)
+    logger.warning("output.path: the old output was moved to %s", aside)
 
 
 def _check_columns(place: Place, schema: pa.Schema) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,7 +185,7 @@ def test_a_signal_commits_and_the_next_run_continues_with_the_same_texts(tmp_pat
         return [Interrupting(CAPACITY, placement.info.vocabulary_size, placement.info.eos_token_ids[0])]
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGTERM with \d+ of (about )?60 rows done") as stopped:
         run_job(job, open_pipelines=interrupting)
     assert signal.getsignal(signal.SIGTERM) is before
     assert stopped.value.exit_code == 75
@@ -313,3 +314,44 @@ def test_an_output_that_is_not_finished_is_no_input(tmp_path: Path) -> None:
     job = job_of(tmp_path, [], input={"path": str(tmp_path / "output")}, output={"path": str(tmp_path / "next")})
     with pytest.raises(InputError, match="is the output of a job that is not finished"):
         run_job(job, open_pipelines=open_fake)
+
+
+def test_a_run_says_what_runs_where_and_which_rows_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = job_of(tmp_path, [*good_rows(3), "no json", {"id": "x"}, {"id": "y"}], engine={"device": "cpu"})
+    run_job(job, open_pipelines=open_fake)
+    said = [line.partition("batchpipe: ")[2] for line in capsys.readouterr().err.splitlines()]
+    start, ready, *_, end = [line for line in said if line]
+    assert start.startswith(f"{tiny_model('llama')} (float32) on ")
+    assert start.endswith(f"; writing to {tmp_path / 'output'}")
+    assert re.fullmatch(r"ready after \d+\.\d s, with KV for 1,024 tokens", ready)
+    assert end.startswith("3 rows failed: 2 missing_prompt, 1 invalid_json; error_message says why")
+    assert "was moved to" not in caplog.text
+    run_job(job, fresh=True, open_pipelines=open_fake)
+    (moved,) = tmp_path.glob("output.old-*")
+    assert f"the old output was moved to {moved}" in caplog.text
+
+
+def test_a_parquet_input_and_a_continued_run_are_told_with_their_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.Table.from_pylist(good_rows(5)), tmp_path / "rows.parquet")
+    job = job_of(tmp_path, [], input={"path": str(tmp_path / "rows.parquet"), "limit": 2})
+    run_job(job, open_pipelines=open_fake)
+    assert ", 2 rows; writing to " in capsys.readouterr().err
+    run_job(job, {"input.limit": 5}, extend=True, open_pipelines=open_fake)
+    assert ", 5 rows, 2 rows done before; writing to " in capsys.readouterr().err
+
+
+def test_an_empty_input_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_job(job_of(tmp_path, []), open_pipelines=open_fake)
+    assert "batchpipe: the input holds no rows; the output is an empty table\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sampling", "warns"), [({"n": 2}, True), ({"n": 2, "temperature": 0.5}, False), ({}, False)])
+def test_equal_samples_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sampling: dict[str, Any], warns: bool
+) -> None:
+    validate_job(load_job(job_of(tmp_path, good_rows(1), sampling=sampling)))
+    assert ("the samples of a row are all the same" in caplog.text) == warns
