@@ -47,7 +47,7 @@ class _ExitCodes(click.Group):
 
 def _job_command(command: Any) -> Any:
     """Gives a command the JOB argument and the --set option."""
-    overrides_help = "Override a key, as in sampling.seed=1; repeatable."
+    overrides_help = "Override a key, as in sampling.seed=1; repeatable. Relative paths go by the working folder."
     command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=overrides_help)(command)
     return click.argument("job_path", metavar="JOB", type=_PATH)(command)
 
@@ -94,11 +94,13 @@ def run(
 def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...]) -> None:
     """Check JOB and every row of its input; no model is loaded."""
     job = _load(job_path, overrides)
-    from batchpipe.commands.validate import validate_job
+    from batchpipe.commands.validate import shown_prompt, validate_job
 
     report = validate_job(job, own_process=context.obj is OWN_PROCESS)
     for problem in report["problems"]:
         click.echo(problem, err=True)
+    if report["first_prompt"] is not None:
+        click.echo(shown_prompt(report["first_prompt"]), err=True)
     click.echo(_json(report))
     context.exit(_SOME_ROWS_FAILED if report["failed"] else 0)
 

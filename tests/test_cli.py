@@ -146,12 +146,13 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
 def test_validate_reports_rows_and_problems(
     job_path: str, monkeypatch: pytest.MonkeyPatch, failed: int, code: int
 ) -> None:
-    report = {"rows": 5, "failed": failed, "problems": ["row 3: empty_prompt"] * failed}
-    fake = SimpleNamespace(validate_job=lambda job, own_process: report)
+    prompt = None if failed else "<|start|>hi"
+    report = {"rows": 5, "failed": failed, "problems": ["row 3: empty_prompt"] * failed, "first_prompt": prompt}
+    fake = SimpleNamespace(validate_job=lambda job, own_process: report, shown_prompt=lambda prompt: f"shown {prompt}")
     monkeypatch.setitem(sys.modules, "batchpipe.commands.validate", fake)
     done = invoke("validate", job_path)
     assert (done.exit_code, json.loads(done.stdout)) == (code, report)
-    assert done.stderr == "row 3: empty_prompt\n" * failed
+    assert done.stderr == ("row 3: empty_prompt\n" * failed or "shown <|start|>hi\n")
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,19 @@ _SUMMARY_KEYS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """An output folder, the metrics of its last run (keys as in _metrics.parquet), and the exit code of the command."""
 
     place: Place
     metrics: Mapping[str, Any]
     exit_code: int
+
+    def __repr__(self) -> str:
+        """Short, as notebooks show it; `metrics` has the rest."""
+        rows, rate = self.metrics["rows_total"], self.metrics["output_tokens_per_second"]
+        failed = f", {self.metrics['rows_failed']:,} failed" if self.metrics["rows_failed"] else ""
+        return f"<Result {self.path}: {rows:,} rows{failed}, {rate:,.0f} output tokens/s>"
 
     @property
     def path(self) -> Any:

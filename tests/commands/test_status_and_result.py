@@ -161,3 +161,12 @@ def test_an_output_without_completions_has_no_table(tmp_path: Path) -> None:
     open_folder(tmp_path).__exit__(None, None, None)
     with pytest.raises(OutputError, match="holds no completions yet"):
         Result(open_place(tmp_path), {}, 75).table()
+
+
+def test_a_result_is_shown_in_a_line(tmp_path: Path) -> None:
+    metrics = {"rows_total": 1200, "rows_failed": 3, "output_tokens_per_second": 98.7}
+    assert (
+        repr(Result(open_place(tmp_path), metrics, 3))
+        == f"<Result {tmp_path}: 1,200 rows, 3 failed, 99 output tokens/s>"
+    )
+    assert "failed" not in repr(Result(open_place(tmp_path), metrics | {"rows_failed": 0}, 0))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchpipe
-from batchpipe.commands.validate import validate_job
+from batchpipe.commands.validate import shown_prompt, validate_job
 from batchpipe.errors import InputError, InterruptedRunError, JobError, ModelError, OutputError, TooManyFailedError
 from batchpipe.job import load_job
 from batchpipe.pipeline.base import Pipeline
@@ -226,7 +226,17 @@ def test_validate_counts_all_and_lists_the_first_of_each_kind(tmp_path: Path) ->
     rows = [*["{oops"] * 9, *good_rows(2), *[{"id": f"e{i}", "prompt": ""} for i in range(3)]]
     report = validate_job(load_job(job_of(tmp_path, rows)))
     assert report["failed_by_code"] == {"invalid_json": 9, "empty_prompt": 3}
-    assert [problem.split(": ")[1] for problem in report["problems"]] == ["invalid_json"] * 5 + ["empty_prompt"] * 3
+    codes = [problem.split(": ")[1] for problem in report["problems"]]
+    assert codes == ["invalid_json"] * 6 + ["empty_prompt"] * 3
+    assert report["problems"][5] == "and 4 more: invalid_json"
+    assert report["first_prompt"] == "<|start|>user\nprompt number 0<|end|>\n<|start|>assistant\n"
+
+
+def test_a_prompt_is_shown_line_by_line_and_cut(tmp_path: Path) -> None:
+    assert shown_prompt("<s>a\nb\n") == "the first prompt, as the model gets it:\n  | <s>a\n  | b\n  | "
+    assert shown_prompt("x" * 5000).endswith("x... (5,000 characters)")
+    report = validate_job(load_job(job_of(tmp_path, ["{oops"])))
+    assert report["first_prompt"] is None
 
 
 def test_a_missing_model_is_told_before_the_output_is_touched(tmp_path: Path) -> None:
