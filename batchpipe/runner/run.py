@@ -72,10 +72,10 @@ def run_job(
         prepared = complete(opened)
         if folder is None:
             folder = stack.enter_context(opened.open_output(fresh=fresh))
-        return _run(prepared, folder, account, open_pipelines or _open_pipelines)
+        return _run(prepared, folder, account, open_pipelines or open_placed)
 
 
-def _open_pipelines(placement: Placement) -> Sequence[Pipeline]:
+def open_placed(placement: Placement) -> Sequence[Pipeline]:
     from batchpipe.placement.open import open_pipelines  # brings torch and transformers' models
 
     return open_pipelines(placement)
