@@ -45,7 +45,7 @@ def run(
     input may have grown by rows or files, or its input.limit been raised. Raises the errors of `batchpipe.errors`.
     """
     from batchpipe.runner.given_rows import job_with_rows
-    from batchpipe.runner.run import run_job
+    from batchpipe.runner.start import run_job
 
     with job_with_rows(job, overrides, rows) as loaded:
         return run_job(loaded, fresh=fresh, retry_failed=retry_failed, extend=extend)

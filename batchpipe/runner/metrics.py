@@ -7,12 +7,15 @@ import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import batchpipe
 from batchpipe.report.metrics import RunMetrics
-from batchpipe.runner.engine import Engine
-from batchpipe.runner.prepare import Prepared
 from batchpipe.write.row_set import RowCounts
+
+if TYPE_CHECKING:
+    from batchpipe.runner.engine import Engine
+    from batchpipe.runner.prepare import Prepared
 
 _REPORTED_VERSIONS = ("torch", "transformers", "pyarrow")
 

@@ -15,6 +15,7 @@ from batchpipe.errors import OutputError
 from batchpipe.export.parts import take_rows
 from batchpipe.write.folder import part_names
 from batchpipe.write.place import Place
+from batchpipe.write.row_set import RowCounts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,12 @@ _SUMMARY_KEYS = (
     "output_tokens_per_second",
     "total_tokens_per_second",
 )
+_SOME_ROWS_FAILED = 3
+
+
+def exit_code(counts: RowCounts) -> int:
+    """Of the command whose run ended with these rows."""
+    return _SOME_ROWS_FAILED if counts.failed else 0
 
 
 @dataclass(frozen=True, repr=False)

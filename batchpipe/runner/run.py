@@ -1,37 +1,32 @@
-"""A job from rows to committed completions: read, render, tokenise, plan, run, detokenise, write."""
+"""From rows to committed completions: read, render, tokenise, plan, run, detokenise, write."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from batchpipe.cost.online import OnlineCost
-from batchpipe.errors import InterruptedRunError, JobError, TooManyFailedError
-from batchpipe.job import Job, load_job
+from batchpipe.errors import InterruptedRunError, TooManyFailedError
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.placement.placement import Placement
 from batchpipe.read.ahead import Ahead
 from batchpipe.report.lines import say
-from batchpipe.report.metrics import append_metrics, read_metrics
+from batchpipe.report.metrics import append_metrics
 from batchpipe.report.note import NoteWriter
 from batchpipe.report.progress import Progress, Reading
 from batchpipe.runner.engine import Engine
 from batchpipe.runner.gc_tuning import calm_collector
 from batchpipe.runner.interrupt import Interrupt
 from batchpipe.runner.metrics import Account
-from batchpipe.runner.open_job import open_job
-from batchpipe.runner.prepare import Prepared, complete
-from batchpipe.runner.result import Result
+from batchpipe.runner.prepare import Prepared
+from batchpipe.runner.result import Result, exit_code
 from batchpipe.runner.told import end_lines, loaded_line, start_line
 from batchpipe.sample.detokenize import detokenize, failed_outcome
 from batchpipe.types import FailedRow, Request
 from batchpipe.write.folder import OutputFolder
-from batchpipe.write.retry import drop_failed
 from batchpipe.write.row_set import RowCounts
 from batchpipe.write.writer import CompletionWriter
 
@@ -43,36 +38,6 @@ OpenPipelines = Callable[[Placement], Sequence[Pipeline]]
 AHEAD_ROWS = 4096
 # How long loading waits for the rows of a small input, to make no more KV than they can use.
 READ_SECONDS = 0.5
-_SOME_ROWS_FAILED = 3
-
-
-def run_job(
-    job: str | Path | Mapping[str, Any] | Job,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
-    *,
-    fresh: bool = False,
-    retry_failed: bool = False,
-    extend: bool = False,
-    open_pipelines: OpenPipelines | None = None,
-) -> Result:
-    """See `batchpipe.run`; `open_pipelines` is how tests and simulations bring their own engine."""
-    account = Account()
-    if fresh and (retry_failed or extend):
-        raise JobError("--fresh starts over; leave it out, or leave out --retry-failed and --extend")
-    opened = open_job(load_job(job, overrides))
-    with ExitStack() as stack:
-        # An output that is there is looked at before the tokenizer is loaded; a new one is made when all else is right.
-        folder = None
-        if opened.output_is_begun and not fresh:
-            folder = stack.enter_context(opened.open_output(extend=extend))
-            if retry_failed and (num_failed := drop_failed(folder)):
-                say(f"{num_failed:,} failed rows run again")
-        if folder is not None and folder.finished:
-            return Result(folder.place, read_metrics(folder.place)[-1], _exit_code(folder.counts))
-        prepared = complete(opened)
-        if folder is None:
-            folder = stack.enter_context(opened.open_output(fresh=fresh))
-        return _run(prepared, folder, account, open_pipelines or open_placed)
 
 
 def open_placed(placement: Placement) -> Sequence[Pipeline]:
@@ -81,12 +46,8 @@ def open_placed(placement: Placement) -> Sequence[Pipeline]:
     return open_pipelines(placement)
 
 
-def _exit_code(counts: RowCounts) -> int:
-    return _SOME_ROWS_FAILED if counts.failed else 0
-
-
-def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipelines: OpenPipelines) -> Result:
-    """Runs the rows that `folder` lacks."""
+def run_rows(prepared: Prepared, folder: OutputFolder, account: Account, open_pipelines: OpenPipelines) -> Result:
+    """Runs the rows that `folder` lacks. Raises StoppedRunError if it ends before the last of them."""
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         ahead = stack.enter_context(Ahead(prepared.requests(skip=folder.done), AHEAD_ROWS))
@@ -124,7 +85,7 @@ def _run(prepared: Prepared, folder: OutputFolder, account: Account, open_pipeli
             writer.finish(prepared.source.rows_seen)
     for line in end_lines(folder.counts, is_complete=stop is None):
         say(line)
-    result = Result(folder.place, asdict(metrics), _exit_code(folder.counts))
+    result = Result(folder.place, asdict(metrics), exit_code(folder.counts))
     if interrupt.requested is not None and stop is not None:
         rows_total, is_estimate = _rows_total(prepared)
         of_total = f"{metrics.rows_total:,} of {'about ' if is_estimate else ''}{rows_total:,} rows done"

@@ -17,7 +17,8 @@ from batchpipe.placement.placement import Placement, place
 from batchpipe.runner.given_rows import job_with_rows
 from batchpipe.runner.open_job import open_job
 from batchpipe.runner.prepare import complete
-from batchpipe.runner.run import OpenPipelines, open_placed, run_job
+from batchpipe.runner.run import OpenPipelines, open_placed
+from batchpipe.runner.start import run_job
 from batchpipe.types import Step, StepResult
 
 # What a job of a session needs not say, as rows come from the program and completions go back to it.

@@ -12,7 +12,7 @@ import pytest
 
 from batchpipe.errors import JobError, OutputError
 from batchpipe.runner.result import Result
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from tests.runner.test_run import good_rows, job_of, open_fake, write_rows
 
 

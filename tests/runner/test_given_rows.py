@@ -17,8 +17,9 @@ from batchpipe.job.spec import InputSpec
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.placement.placement import Placement
 from batchpipe.runner.given_rows import job_with_rows, rows_table
-from batchpipe.runner.run import open_placed, run_job
+from batchpipe.runner.run import open_placed
 from batchpipe.runner.session import Session
+from batchpipe.runner.start import run_job
 from tests.runner.test_run import Interrupting, good_rows, job_of, open_fake
 from tests.tiny_models import tiny_model
 

@@ -22,7 +22,7 @@ from batchpipe.job import load_job
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.fake import FakePipeline
 from batchpipe.placement.placement import Placement
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from batchpipe.types import Capacity, StepResult
 from tests.tiny_models import tiny_model
 
@@ -142,7 +142,7 @@ def test_a_finished_job_ends_as_it_ended_without_its_tokenizer(tmp_path: Path, m
     def never(opened: object) -> None:
         raise AssertionError("a finished job needs no tokenizer")
 
-    monkeypatch.setattr("batchpipe.runner.run.complete", never)
+    monkeypatch.setattr("batchpipe.runner.prepare.complete", never)
     again = run_job(job)
     assert (again.exit_code, again.summary) == (first.exit_code, first.summary) and again.exit_code == 3
 
