@@ -36,6 +36,8 @@ OpenPipelines = Callable[[Placement], Sequence[Pipeline]]
 
 # Rows read and tokenised before the engine asks for them; a few tens of megabytes with long prompts.
 AHEAD_ROWS = 4096
+# Blocks beyond what all rows can fill at a time, so that no policy sees memory run short and holds rows back.
+SPARE_KV = 1.5
 # How long loading waits for the rows of a small input, to make no more KV than they can use.
 READ_SECONDS = 0.5
 
@@ -101,11 +103,12 @@ def _blocks_of_all(ahead: Ahead[Request | FailedRow], block_tokens: int) -> int 
     items = ahead.whole(READ_SECONDS)
     if items is None:
         return None
-    return sum(
+    blocks = sum(
         item.sampling.n * -(-(len(item.prompt_token_ids) + item.sampling.max_tokens) // block_tokens)
         for item in items
         if isinstance(item, Request)
     )
+    return int(SPARE_KV * blocks) + 1
 
 
 def _reading(prepared: Prepared, engine: Engine, writer: CompletionWriter) -> Reading:

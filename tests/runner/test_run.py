@@ -365,3 +365,21 @@ def test_equal_samples_are_warned_of(
 ) -> None:
     validate_job(load_job(job_of(tmp_path, good_rows(1), sampling=sampling)))
     assert ("the samples of a row are all the same" in caplog.text) == warns
+
+
+def test_kv_is_made_for_the_rows_that_were_read(tmp_path: Path) -> None:
+    capacities: list[Capacity] = []
+
+    def opening(placement: Placement) -> list[Pipeline]:
+        capacities.append(placement.capacity_of(placement.stages))
+        capacities.append(placement.capacity)
+        return open_fake(placement)
+
+    job = job_of(
+        tmp_path, [*good_rows(3), "no json"], sampling={"n": 2, "temperature": 1.0}, engine={"block_tokens": 4}
+    )
+    table = run_job(job, open_pipelines=opening).table()
+    longest_tokens = [tokens + 12 for tokens in table.column("prompt_tokens").to_pylist() if tokens is not None]
+    needed_blocks = sum(-(-tokens // 4) for tokens in longest_tokens)
+    assert len(longest_tokens) == 6 and needed_blocks < capacities[0].num_blocks <= 2 * needed_blocks
+    assert capacities[0].num_blocks < capacities[1].num_blocks
