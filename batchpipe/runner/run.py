@@ -37,7 +37,7 @@ OpenPipelines = Callable[[Placement], Sequence[Pipeline]]
 # Rows read and tokenised before the engine asks for them; a few tens of megabytes with long prompts.
 AHEAD_ROWS = 4096
 # Blocks beyond what all rows can fill at a time, so that no policy sees memory run short and holds rows back.
-SPARE_KV = 1.5
+SPARE_KV = 2.0
 # How long loading waits for the rows of a small input, to make no more KV than they can use.
 READ_SECONDS = 0.5
 
