@@ -1,5 +1,5 @@
 """`python -m batchpipe`."""
 
-from batchpipe.cli import main
+from batchpipe.cli import entry
 
-main(prog_name="batchpipe")
+entry()

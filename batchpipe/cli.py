@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _SOME_ROWS_FAILED = 3
 _PATH: click.Path = click.Path(path_type=Path)
+OWN_PROCESS = object()  # the context's object where the process was started for this one command
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -46,7 +47,7 @@ class _ExitCodes(click.Group):
 
 def _job_command(command: Any) -> Any:
     """Gives a command the JOB argument and the --set option."""
-    overrides_help = "Override a key, as in sampling.seed=1; repeatable."
+    overrides_help = "Override a key, as in sampling.seed=1; repeatable. Relative paths go by the working folder."
     command = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=overrides_help)(command)
     return click.argument("job_path", metavar="JOB", type=_PATH)(command)
 
@@ -75,10 +76,14 @@ def main() -> None:
 @main.command()
 @_job_command
 @click.option("--fresh", is_flag=True, help="Move an old output folder aside and start anew.")
+@click.option("--retry-failed", is_flag=True, help="Run rows that failed again; the others stay as they are.")
+@click.option("--extend", is_flag=True, help="Run the new rows of an input that only grew, or of a raised input.limit.")
 @click.pass_context
-def run(context: click.Context, job_path: Path, overrides: tuple[str, ...], fresh: bool) -> None:
+def run(
+    context: click.Context, job_path: Path, overrides: tuple[str, ...], fresh: bool, retry_failed: bool, extend: bool
+) -> None:
     """Run JOB, or continue it where it stopped."""
-    result = batchpipe.run(_load(job_path, overrides), fresh=fresh)
+    result = batchpipe.run(_load(job_path, overrides), fresh=fresh, retry_failed=retry_failed, extend=extend)
     click.echo(_json(result.summary))
     context.exit(result.exit_code)
 
@@ -89,11 +94,13 @@ def run(context: click.Context, job_path: Path, overrides: tuple[str, ...], fres
 def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...]) -> None:
     """Check JOB and every row of its input; no model is loaded."""
     job = _load(job_path, overrides)
-    from batchpipe.commands.validate import validate_job
+    from batchpipe.commands.validate import shown_prompt, validate_job
 
-    report = validate_job(job)
+    report = validate_job(job, own_process=context.obj is OWN_PROCESS)
     for problem in report["problems"]:
         click.echo(problem, err=True)
+    if report["first_prompt"] is not None:
+        click.echo(shown_prompt(report["first_prompt"]), err=True)
     click.echo(_json(report))
     context.exit(_SOME_ROWS_FAILED if report["failed"] else 0)
 
@@ -101,12 +108,13 @@ def validate(context: click.Context, job_path: Path, overrides: tuple[str, ...])
 @main.command()
 @_job_command
 @click.option("--hardware", metavar="NAME|FILE", help="Another machine, as in 4xl20 or a hardware file.")
-def plan(job_path: Path, overrides: tuple[str, ...], hardware: str | None) -> None:
+@click.pass_context
+def plan(context: click.Context, job_path: Path, overrides: tuple[str, ...], hardware: str | None) -> None:
     """Tell what JOB would take, here or on another machine; no model is loaded."""
     job = _load(job_path, overrides)
     from batchpipe.commands.plan import describe_plan, plan_job
 
-    found = plan_job(job, hardware)
+    found = plan_job(job, hardware, own_process=context.obj is OWN_PROCESS)
     click.echo(describe_plan(found))
     click.echo(_json(found))
 
@@ -166,11 +174,13 @@ def evaluate(**options: Any) -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-def status(folder: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, with the last run's metrics.")
+def status(folder: str, as_json: bool) -> None:
     """Print how far the job with output folder DIR is."""
-    from batchpipe.commands.status import status_of
+    from batchpipe.commands.status import describe_status, status_of
 
-    click.echo(_json(status_of(folder)))
+    found = status_of(folder)
+    click.echo(_json(found) if as_json else describe_status(found))
 
 
 @main.command()
@@ -203,3 +213,12 @@ def doctor(context: click.Context) -> None:
         click.echo(finding.line, err=True)
     click.echo(_json({finding.name: finding.data for finding in findings}))
     context.exit(int(any(finding.is_broken for finding in findings)))
+
+
+def entry() -> None:
+    """The installed command, and `python -m batchpipe`."""
+    main(prog_name="batchpipe", obj=OWN_PROCESS)
+
+
+if __name__ == "__main__":  # python -m batchpipe.cli
+    entry()

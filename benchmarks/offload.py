@@ -27,7 +27,7 @@ import batchpipe
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
 from batchpipe.placement.offload_mode import OffloadChoice
 from batchpipe.placement.open import open_pipelines
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 
 ROOT = Path(__file__).parent.parent
 ONE_TIER = ("none", "recompute")

@@ -25,7 +25,7 @@ from batchpipe.commands.export import export_command
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.fake import FakePipeline
 from batchpipe.placement.placement import Placement
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from batchpipe.types import Capacity
 
 SUBJECTS = ("gravity", "a prime number", "the tide", "an opcode", "yeast", "a sonnet", "inflation", "the ozone layer")

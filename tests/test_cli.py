@@ -46,8 +46,9 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_python_m_batchpipe_is_the_command() -> None:
-    done = python("-m", "batchpipe", "--version")
+@pytest.mark.parametrize("module", ["batchpipe", "batchpipe.cli"])
+def test_python_m_is_the_command(module: str) -> None:
+    done = python("-m", module, "--version")
     assert (done.returncode, done.stdout) == (0, f"batchpipe {batchpipe.__version__}\n")
 
 
@@ -57,7 +58,9 @@ def test_commands_are_these() -> None:
     ]
     predictor = main.commands["predictor"]
     assert isinstance(predictor, click.Group) and sorted(predictor.commands) == ["evaluate", "train"]
-    assert [option.name for option in main.commands["run"].params] == ["job_path", "overrides", "fresh"]
+    assert [option.name for option in main.commands["run"].params] == [
+        *("job_path", "overrides", "fresh", "retry_failed", "extend")
+    ]
 
 
 def test_run_prints_one_json_line_and_ends_with_the_results_code(
@@ -65,15 +68,17 @@ def test_run_prints_one_json_line_and_ends_with_the_results_code(
 ) -> None:
     calls = []
 
-    def run(job: Job, *, fresh: bool) -> SimpleNamespace:
-        calls.append((job, fresh))
+    def run(job: Job, *, fresh: bool, retry_failed: bool, extend: bool) -> SimpleNamespace:
+        calls.append((job, fresh, retry_failed, extend))
         return SimpleNamespace(summary={"rows_total": 3, "rows_failed": 1}, exit_code=3)
 
     monkeypatch.setattr(batchpipe, "run", run)
     done = invoke("run", job_path, "--set", "sampling.seed=1", "--set", "input.limit=2", "--fresh")
     assert (done.exit_code, json.loads(done.stdout)) == (3, {"rows_total": 3, "rows_failed": 1})
-    job, fresh = calls[0]
-    assert (job.name, job.sampling.seed, job.input.limit, fresh) == ("job", 1, 2, True)
+    invoke("run", job_path, "--retry-failed", "--extend")
+    job = calls[0][0]
+    assert (job.name, job.sampling.seed, job.input.limit) == ("job", 1, 2)
+    assert [call[1:] for call in calls] == [(True, False, False), (False, True, True)]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_run_prints_one_json_line_and_ends_with_the_results_code(
 def test_an_error_of_ours_ends_with_its_code_and_message(
     job_path: str, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
-    def run(job: Job, *, fresh: bool) -> None:
+    def run(job: Job, **how: bool) -> None:
         raise error
 
     monkeypatch.setattr(batchpipe, "run", run)
@@ -92,7 +97,7 @@ def test_an_error_of_ours_ends_with_its_code_and_message(
 
 
 def test_a_stopped_run_tells_how_far_it_came(job_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(job: Job, *, fresh: bool) -> None:
+    def run(job: Job, **how: bool) -> None:
         raise TooManyFailedError("2 of 3 rows failed", {"rows_failed": 2})
 
     monkeypatch.setattr(batchpipe, "run", run)
@@ -102,7 +107,7 @@ def test_a_stopped_run_tells_how_far_it_came(job_path: str, monkeypatch: pytest.
 
 
 def test_a_key_pressed_before_the_run_began_loses_nothing(job_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(job: Job, *, fresh: bool) -> None:
+    def run(job: Job, **how: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batchpipe, "run", run)
@@ -114,7 +119,7 @@ def test_a_key_pressed_before_the_run_began_loses_nothing(job_path: str, monkeyp
 def test_a_crash_of_ours_shows_its_traceback(job_path: str) -> None:
     crash = (
         "import sys, batchpipe\nfrom batchpipe.cli import main\n"
-        "def run(job, *, fresh): raise ZeroDivisionError('ours')\n"
+        "def run(job, **how): raise ZeroDivisionError('ours')\n"
         "batchpipe.run = run\nmain(['run', sys.argv[1]])"
     )
     done = python("-c", crash, job_path)
@@ -141,12 +146,13 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
 def test_validate_reports_rows_and_problems(
     job_path: str, monkeypatch: pytest.MonkeyPatch, failed: int, code: int
 ) -> None:
-    report = {"rows": 5, "failed": failed, "problems": ["row 3: empty_prompt"] * failed}
-    fake = SimpleNamespace(validate_job=lambda job: report)
+    prompt = None if failed else "<|start|>hi"
+    report = {"rows": 5, "failed": failed, "problems": ["row 3: empty_prompt"] * failed, "first_prompt": prompt}
+    fake = SimpleNamespace(validate_job=lambda job, own_process: report, shown_prompt=lambda prompt: f"shown {prompt}")
     monkeypatch.setitem(sys.modules, "batchpipe.commands.validate", fake)
     done = invoke("validate", job_path)
     assert (done.exit_code, json.loads(done.stdout)) == (code, report)
-    assert done.stderr == "row 3: empty_prompt\n" * failed
+    assert done.stderr == ("row 3: empty_prompt\n" * failed or "shown <|start|>hi\n")
 
 
 @pytest.mark.parametrize(
@@ -176,10 +182,12 @@ def test_each_command_takes_its_options_and_tells_what_is_wrong(
 def test_status_prints_what_is_known_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started_at = datetime(2024, 1, 31, tzinfo=UTC)
     fake = SimpleNamespace(
-        status_of=lambda folder: {"folder": folder.rpartition("/")[2], "last_run": {"started_at": started_at}}
+        status_of=lambda folder: {"folder": folder.rpartition("/")[2], "last_run": {"started_at": started_at}},
+        describe_status=lambda found: f"lines about {found['folder']}",
     )
     monkeypatch.setitem(sys.modules, "batchpipe.commands.status", fake)
-    done = invoke("status", str(tmp_path / "runs"))
+    assert invoke("status", str(tmp_path / "runs")).stdout == "lines about runs\n"
+    done = invoke("status", str(tmp_path / "runs"), "--json")
     assert (done.exit_code, json.loads(done.stdout)) == (
         0,
         {"folder": "runs", "last_run": {"started_at": "2024-01-31T00:00:00+00:00"}},

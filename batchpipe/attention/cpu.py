@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from batchpipe.attention.base import AttentionInputs, AttentionOptions
+from batchpipe.attention.block_tokens import CPU_KERNELS_BLOCK_TOKENS, cpu_kernels_serve
 from batchpipe.native.build import load_kernels
 
-MAX_HEAD_DIM = 256
 MAX_GROUP = 32
 MAX_BLOCK_TOKENS = 256
 NO_WINDOW = 1 << 40
@@ -54,7 +54,7 @@ class CpuAttention:
     """See `AttentionBackend`. `supports` says for which types and heads."""
 
     name = "cpu"
-    default_block_tokens = 64
+    default_block_tokens = CPU_KERNELS_BLOCK_TOKENS
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self._functions = {
@@ -64,7 +64,7 @@ class CpuAttention:
 
     @staticmethod
     def supports(dtype: torch.dtype, head_dim: int) -> bool:
-        return dtype in (torch.float32, torch.bfloat16) and head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
+        return cpu_kernels_serve(str(dtype).removeprefix("torch."), head_dim)
 
     @classmethod
     def open(cls) -> CpuAttention | None:

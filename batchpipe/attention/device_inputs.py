@@ -84,7 +84,7 @@ class _Counts:
 
 
 class DeviceStepInputs:
-    """Fills one device buffer, of a fixed layout, by one copy a step; whatever ran before on the stream is done by then.
+    """Fills one device buffer, of a fixed layout, by one copy a step, queued behind what reads the step before.
 
     block_tokens: of the pool. tile_queries: new tokens of a tile. `generation` changes when the buffer had to grow, and
     with it every address.

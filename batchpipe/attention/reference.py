@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from batchpipe.attention.base import AttentionInputs, AttentionOptions
+from batchpipe.attention.block_tokens import BLOCK_TOKENS
 from batchpipe.kv.pool import KEY, VALUE
 
 
@@ -14,7 +15,7 @@ class ReferenceAttention:
     """See `AttentionBackend`."""
 
     name = "reference"
-    default_block_tokens = 16
+    default_block_tokens = BLOCK_TOKENS
 
     def forward(
         self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions

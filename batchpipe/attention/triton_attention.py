@@ -103,9 +103,10 @@ class TritonAttention:
             at.context_lengths, at.tables, at.table_starts, query if options.sinks is None else options.sinks,
             options.scale, options.softcap or 1.0, query.stride(0), query.stride(1), layer, *pool_strides(inputs),
             GROUP=group, HEADS=heads, NUM_HEADS=num_heads, D=head_dim, WIDTH=rounded_up(head_dim),
-            BLOCK_TOKENS=pool.block_tokens, QUERIES=TILE_QUERIES, ROWS=rows, KEYS=32 if wide else 64, WINDOW=options.sliding_window or 0,
-            HAS_SOFTCAP=options.softcap is not None, HAS_SINKS=options.sinks is not None,
-            EXACT=query.dtype == torch.float32, num_warps=8 if rows > 128 else 4, num_stages=2,
+            BLOCK_TOKENS=pool.block_tokens, QUERIES=TILE_QUERIES, ROWS=rows, KEYS=32 if wide else 64,
+            WINDOW=options.sliding_window or 0, HAS_SOFTCAP=options.softcap is not None,
+            HAS_SINKS=options.sinks is not None, EXACT=query.dtype == torch.float32,
+            num_warps=8 if rows > 128 else 4, num_stages=2,
         )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def combine_kernel(
         best = -float("inf")
         total = 0.0
         summed = tl.zeros([WIDTH], tl.float32)
-        for number in range(0, end - first):
+        for number in range(end - first):
             part = (first + number).to(tl.int64) * num_heads + head
             part_best, part_total = tl.load(partial_sums + part * 2), tl.load(partial_sums + part * 2 + 1)
             part_summed = tl.load(partial + part * D + columns, mask=column_ok, other=0.0)
@@ -187,12 +187,13 @@ def prefill_kernel(
     table_starts, sinks, scale, softcap,
     query_token_stride, query_head_stride, layer, num_layers, layer_stride, head_stride, value_offset,
     GROUP: tl.constexpr, HEADS: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """QUERIES new tokens of one sequence for HEADS query heads of one KV head.
 
-    Grid: (parts of KV heads' groups, tiles); a group of GROUP query heads has as many parts as it takes. Tile i begins with new token tile_firsts[i] of sequence tile_sequences[i]; -1: nothing to do.
+    Grid: (parts of KV heads' groups, tiles); a group of GROUP query heads has as many parts as it takes. Tile i begins
+    with new token tile_firsts[i] of sequence tile_sequences[i]; -1: nothing to do.
     """
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     head, tile = tl.program_id(0) // PARTS, tl.program_id(1)

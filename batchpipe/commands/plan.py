@@ -16,7 +16,8 @@ from batchpipe.placement.machine import described_machine, this_machine
 from batchpipe.placement.placement import Placement, place
 from batchpipe.placement.stage_split import stage_layers, stage_weight_bytes
 from batchpipe.placement.step_cost import estimated_cost
-from batchpipe.runner.prepare import Prepared, prepare
+from batchpipe.runner.open_job import open_job
+from batchpipe.runner.prepare import Prepared, complete
 from batchpipe.runner.simulate import SimulatedRun, simulate
 from batchpipe.types import FailedRow, Request
 
@@ -45,12 +46,14 @@ class Outlook:
     seconds: float  # of the whole input
 
 
-def plan_job(job: Job, hardware: str | None = None) -> dict[str, Any]:
+def plan_job(job: Job, hardware: str | None = None, *, own_process: bool = False) -> dict[str, Any]:
     """The plan, for this machine or for the one that `hardware` names. No weights are loaded, and none need be here.
 
+    own_process: as in `commands.validate.validate_job`.
     Raises what a run would raise before it loads the model, and JobError where the machine does not fit the job.
     """
-    prepared = prepare(job, device="cuda" if hardware else None, needs_weights=False)
+    opened = open_job(job, device="cuda" if hardware else None, needs_weights=False)
+    prepared = complete(opened, needs_weights=False, computes=not own_process)
     requests, num_failed = _first_rows(prepared)
     info = prepared.info
     if not requests:

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from batchpipe.errors import OutputError
 from batchpipe.write.commit import read_commits
-from batchpipe.write.folder import COMMITS, part_names
-from batchpipe.write.place import COMPLETIONS, STATE, Place
+from batchpipe.write.folder import part_names
+from batchpipe.write.place import COMMITS, COMPLETIONS, STATE, Place
 from batchpipe.write.row_set import Int64Array, Range, to_ranges
 
 WINDOW_ROWS = 16_384

@@ -19,6 +19,14 @@ Overrides = Mapping[str, Any] | Sequence[str]
 
 _ENVIRONMENT_VARIABLE = re.compile(r"\$\{env:([^}]*)\}")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+# The keys that hold paths, with the values that are none.
+_PATH_WORDS: Mapping[str, Sequence[str]] = {
+    "model.name": (),
+    "input.path": (),
+    "input.chat_template": ("auto", "none"),
+    "predict.method": PREDICT_METHODS,
+    "output.path": (),
+}
 
 
 def load_job(source: str | Path | Mapping[str, Any] | Job, overrides: Overrides = ()) -> Job:
@@ -26,7 +34,7 @@ def load_job(source: str | Path | Mapping[str, Any] | Job, overrides: Overrides 
 
     `source` is a job file's path, a mapping of the same shape, or a Job. `overrides` replace its keys: strings
     "section.key=<YAML>", or a mapping of dotted keys to values. Relative paths are relative to the job file's folder,
-    or to the working folder if there is no file. Raises JobError with one line for each mistake.
+    those of `overrides`, or where there is no file, to the working folder. Raises JobError, a line for each mistake.
     """
     mistakes: list[str] = []
     origin, folder = "job", Path.cwd()
@@ -96,7 +104,7 @@ def _override(data: dict[str, Any], overrides: Overrides, mistakes: list[str]) -
         section, _, key = path.rpartition(".")
         keys = data.setdefault(section, {}) if section else data
         if isinstance(keys, dict):  # if not, the check of the whole job says so
-            keys[key] = value
+            keys[key] = _absolute(path, value, Path.cwd()) if path in _PATH_WORDS else value
 
 
 def _parsed(assignment: str) -> tuple[str, Any]:
@@ -124,19 +132,21 @@ def _wrong_path(path: str) -> str | None:
 
 
 def _with_absolute_paths(job: Job, folder: Path) -> Job:
-    def absolute(path: str, words: Sequence[str] = ()) -> str:
-        is_path = path not in words and not _ADDRESS.match(path)
-        return os.path.abspath(folder / Path(path).expanduser()) if is_path else path
-
-    name, chat_template, method = job.model.name, job.input.chat_template, job.predict.method
-    is_local_model = name.startswith((".", "/", "~")) or name.endswith(".gguf") or (folder / name).exists()
-    changed = {
-        "model": {"name": absolute(name) if is_local_model else name},
-        "input": {
-            "path": tuple(map(absolute, job.input.path)),
-            "chat_template": absolute(chat_template, ("auto", "none")),
-        },
-        "predict": {"method": absolute(method, PREDICT_METHODS)},
-        "output": {"path": absolute(job.output.path)},
-    }
+    changed: dict[str, dict[str, Any]] = {}
+    for path in _PATH_WORDS:
+        section, _, key = path.partition(".")
+        changed.setdefault(section, {})[key] = _absolute(path, getattr(getattr(job, section), key), folder)
     return job.model_copy(update={key: getattr(job, key).model_copy(update=keys) for key, keys in changed.items()})
+
+
+def _absolute(key: str, value: Any, folder: Path) -> Any:
+    """The value of a key of `_PATH_WORDS` with relative paths taken from `folder`; what is no path stays as it is."""
+    if isinstance(value, list | tuple):
+        return tuple(_absolute(key, one, folder) for one in value)
+    if not isinstance(value, str) or not value or value in _PATH_WORDS[key] or _ADDRESS.match(value):
+        return value
+    if key == "model.name":  # else it is an alias or a hub id
+        is_path = value.startswith((".", "/", "~")) or value.endswith(".gguf") or (folder / value).exists()
+        if not is_path:
+            return value
+    return os.path.abspath(folder / Path(value).expanduser())

@@ -43,6 +43,24 @@ class ModelInfo(ModelShape):
         return sum(self.layer_weight_bytes) + self.other_weight_bytes
 
 
+def model_dtype(folder: Path, dtype: str = "auto", *, device: str = "cpu", needs_weights: bool = True) -> str:
+    """The type that the model computes in: `dtype`, or for auto that of the weights where the device is fast in it.
+
+    By the weight files' headers; by config.json alone where `needs_weights` is false and there are none. Raises
+    ModelError.
+    """
+    if dtype != "auto":
+        return dtype
+    stored = stored_dtype(read_tensors(folder)) if needs_weights or has_weights(folder) else None
+    if stored is None:
+        config = read_json(folder / "config.json")
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    # Processors have fast products in bfloat16, and none in float16.
+    if stored not in ITEM_BYTES or (stored == "float16" and device == "cpu"):
+        return "bfloat16"
+    return stored
+
+
 def describe_model(
     folder: Path,
     dtype: str = "auto",
@@ -53,7 +71,7 @@ def describe_model(
     needs_weights: bool = True,
     context_tokens: int | None = None,
 ) -> ModelInfo:
-    """Reads config.json, the tokenizer's size and the weight files' headers.
+    """Reads config.json and the weight files' headers.
 
     name: what the job calls the model; the folder's name where it is None.
     needs_weights: if false and the folder has no weight files, sizes are those of the model that config.json makes.
@@ -66,14 +84,12 @@ def describe_model(
     check_supported(read_json(folder / "config.json"), trust_remote_code=trust_remote_code)
     config = _load_config(folder, trust_remote_code)
     if needs_weights or has_weights(folder):
-        tensors = read_tensors(folder)
-        shapes, stored = unpacked_shapes(tensors), stored_dtype(tensors)
+        shapes = unpacked_shapes(read_tensors(folder))
     else:
         from batchpipe.model.from_config import tensor_shapes
 
-        shapes, stored = tensor_shapes(folder, config, trust_remote_code), None
-    _check_vocabulary(folder, config.vocab_size)
-    dtype = _resolve_dtype(dtype, stored or str(config.dtype or "float32").removeprefix("torch."), device)
+        shapes = tensor_shapes(folder, config, trust_remote_code)
+    dtype = model_dtype(folder, dtype, device=device, needs_weights=needs_weights)
     layer_elements, layer_active_elements, other_elements = _count_elements(shapes, config)
     item_bytes = ITEM_BYTES[dtype]
     return ModelInfo(
@@ -103,36 +119,6 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # each model's own checks, and its own code's, raise what they like
         raise ModelError(f"model.name: {folder / 'config.json'} is not understood: {error}") from error
-
-
-def _resolve_dtype(dtype: str, stored: str, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    # Processors have fast products in bfloat16, and none in float16.
-    if stored not in ITEM_BYTES or (stored == "float16" and device == "cpu"):
-        return "bfloat16"
-    return stored
-
-
-def _check_vocabulary(folder: Path, vocabulary_size: int) -> None:
-    """A tokenizer may be smaller than the embedding, which is often padded, and larger by tokens that were added.
-
-    A row with such a token fails alone; a larger tokenizer of another kind is another model's.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    from tokenizers import Tokenizer
-
-    try:
-        largest_id = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=False).values(), default=-1)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ModelError(f"model.name: {path} cannot be read: {error}") from error
-    if largest_id >= vocabulary_size:
-        raise ModelError(
-            f"model.name: the tokenizer of {folder} has token id {largest_id} and the model's embedding has "
-            f"{vocabulary_size} rows; the two files belong to different models"
-        )
 
 
 def _count_elements(shapes: dict[str, tuple[int, ...]], config: Any) -> tuple[list[int], list[float], int]:

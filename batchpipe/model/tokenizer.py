@@ -59,6 +59,12 @@ class Tokenizer:
         """Every token's text and id."""
         return dict(self._backend.get_vocab())
 
+    def largest_token_id(self) -> int | None:
+        """Of the tokens that the tokenizer was trained with, none added since; None where it cannot say."""
+        if self._fast is None:
+            return None
+        return max(self._fast.get_vocab(with_added_tokens=False).values(), default=-1)
+
     def chat_template_variables(self, chat_template: str | None = None) -> frozenset[str]:
         """The names that the chat template reads and does not set itself; jinja2.TemplateSyntaxError if it is wrong."""
         given = chat_template or self._backend.chat_template
@@ -166,6 +172,19 @@ def _cut_at_mark(text: str, content: str) -> str:
     if not mark or "".join(content.split()) not in "".join(before.split()):
         raise ValueError("it leaves out the last message or a part of it, which was to be continued")
     return before if after.startswith(" ") else before.rstrip()
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocabulary_size: int, folder: Path) -> None:
+    """A tokenizer may be smaller than the embedding, which is often padded, and larger by tokens that were added.
+
+    A row with such a token fails alone; a larger tokenizer of another kind is another model's: ModelError.
+    """
+    largest_id = tokenizer.largest_token_id()
+    if largest_id is not None and largest_id >= vocabulary_size:
+        raise ModelError(
+            f"model.name: the tokenizer of {folder} has token id {largest_id} and the model's embedding has "
+            f"{vocabulary_size} rows; the two files belong to different models"
+        )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:

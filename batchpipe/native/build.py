@@ -15,9 +15,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from batchpipe.job.cache_folder import cache_folders
 
@@ -80,7 +79,9 @@ def _run(*command: str) -> str:
 
 
 def _openmp_library() -> Path | None:
-    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    torch = find_spec("torch")  # found, not imported, which would take seconds
+    assert torch is not None and torch.origin is not None, "torch is installed with batchpipe"
+    bundled = sorted((Path(torch.origin).parent / "lib").glob("libgomp*.so*"))
     return bundled[0] if bundled else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +16,12 @@ from batchpipe.kv.layout import KvLayout
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.fuse import fuse
 from batchpipe.model.load import load_stage
-from batchpipe.pipeline.fitting import FittingRunner, StepRoom, room_beside_steps
+from batchpipe.pipeline.device_names import device_name
 from batchpipe.pipeline.memory import free_bytes
-from batchpipe.pipeline.model_runner import CpuRunner, GpuRunner, ModelRunner, StagePart
+from batchpipe.pipeline.model_runner.base import ModelRunner, StagePart
+from batchpipe.pipeline.model_runner.cpu import CpuRunner
+from batchpipe.pipeline.model_runner.fitting import FittingRunner, StepRoom, room_beside_steps
+from batchpipe.pipeline.model_runner.gpu import GpuRunner
 from batchpipe.pipeline.swap.copy_engine import EmulatedLink
 from batchpipe.pipeline.swap.kv_swapper import KvSwapper
 from batchpipe.sample.sampler import SampledTokens, Sampler
@@ -57,21 +59,6 @@ class StageSpec:
     @property
     def is_last(self) -> bool:
         return self.index == self.num_stages - 1
-
-
-def device_name(device: str, num_threads: int) -> str:
-    """The GPU's name, or the processor's and the threads it computes with."""
-    if device == "cpu":
-        return f"{processor_name()}, {num_threads} threads"
-    return torch.cuda.get_device_name(device)
-
-
-def processor_name() -> str:
-    """The name that the system has for the processor, else its architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    named = next((line for line in lines if line.startswith("model name")), "")
-    return named.partition(":")[2].strip() or f"{platform.machine()} CPU"
 
 
 class StepSampler(Protocol):

@@ -21,13 +21,21 @@ AUTO_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def offered_capacity(
-    engine: EngineSpec, info: ModelInfo, split: StageSplit, stages: Sequence[StageMemory], offload: OffloadMode
+    engine: EngineSpec,
+    info: ModelInfo,
+    split: StageSplit,
+    stages: Sequence[StageMemory],
+    offload: OffloadMode,
+    useful_blocks: int | None = None,
 ) -> Capacity:
     """What one replica offers, from what its stages have free beside their weights. Raises MemoryLimitError.
 
+    useful_blocks: as many as the job can have in use; None: not known.
     With two tiers the host keeps a copy of all KV, so the device gets no more blocks than the host.
     """
-    num_blocks, num_host_blocks = kv_blocks(engine, info, split, stages, with_host=offload != "none")
+    num_blocks, num_host_blocks = kv_blocks(
+        engine, info, split, stages, with_host=offload != "none", useful_blocks=useful_blocks
+    )
     if offload != "none":
         num_blocks = min(num_blocks, num_host_blocks)
     return Capacity(
@@ -52,6 +60,7 @@ def kv_blocks(
     *,
     with_host: bool,
     host_free_bytes: int | None = None,
+    useful_blocks: int | None = None,
 ) -> tuple[int, int]:
     """Blocks that every stage holds on its device, and in host memory (0 without); the same numbers on each.
 
@@ -75,12 +84,15 @@ def kv_blocks(
         # What a step computes waits in a buffer on the device until the host has it.
         staged_tokens = NUM_STAGING_BUFFERS * max_step_tokens(engine, split)
         taken_bytes = [staged_tokens * stage.bytes_per_block // stage.block_tokens for stage in stages]
+    longest_blocks = -(-info.max_context_tokens // stages[0].block_tokens)
+    most_blocks = max_batch_sequences(engine, split) * split.num_stages * longest_blocks
+    if useful_blocks is not None:
+        most_blocks = max(1, min(most_blocks, useful_blocks))
     stages = [
         replace(stage, free_bytes=max(0, stage.free_bytes - taken))
         for stage, taken in zip(stages, taken_bytes, strict=True)
     ]
-    num_useful_tokens = max_batch_sequences(engine, split) * split.num_stages * info.max_context_tokens
-    num_blocks = num_kv_blocks(stages, requested, split.device, num_useful_tokens, num_sharers)
+    num_blocks = num_kv_blocks(stages, requested, split.device, most_blocks, num_sharers)
     return num_blocks, host_bytes // max(stage.bytes_per_block for stage in stages)
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import torch
-
-from batchpipe.attention.choose import choose_backend
+from batchpipe.attention.block_tokens import BLOCK_TOKENS, default_block_tokens
 from batchpipe.cost.hardware import Hardware, load_hardware
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.describe import ModelInfo
+from batchpipe.pipeline.device_names import device_name
 from batchpipe.pipeline.memory import free_bytes
-from batchpipe.pipeline.stage import device_name
 from batchpipe.placement.devices import num_threads, resolve_device
-
-GPU_BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +39,9 @@ class Machine:
         if engine.block_tokens != "auto":
             return engine.block_tokens
         if self.hardware is not None:
-            return GPU_BLOCK_TOKENS
-        device = torch.device("cpu" if self.num_gpus is None else "cuda")
-        return choose_backend(engine.attention, device, getattr(torch, info.dtype), info.head_dim).default_block_tokens
+            return BLOCK_TOKENS
+        device = "cpu" if self.num_gpus is None else "cuda"
+        return default_block_tokens(engine.attention, device, info.dtype, info.head_dim)
 
 
 def this_machine(engine: EngineSpec) -> Machine:
@@ -53,6 +49,8 @@ def this_machine(engine: EngineSpec) -> Machine:
     host_free_bytes = free_bytes("cpu")
     if resolve_device(engine) == "cpu":
         return Machine("this machine", None, host_free_bytes, host_free_bytes)
+    import torch
+
     gpu = "cuda:0"
     return Machine(torch.cuda.get_device_name(gpu), torch.cuda.device_count(), free_bytes(gpu), host_free_bytes)
 

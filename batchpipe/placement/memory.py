@@ -63,13 +63,13 @@ def num_kv_blocks(
     stages: Sequence[StageMemory],
     requested_bytes: int | None,
     device: str,
-    num_useful_tokens: int,
+    most_blocks: int,
     num_sharers: int,
 ) -> int:
     """Blocks for every stage (the same number on each): what was asked for, or what is free but no more than useful.
 
     requested_bytes: engine.kv_device_memory of one stage, None for `auto`.
-    num_useful_tokens: KV that the largest possible set of running sequences can hold.
+    most_blocks: of the largest possible set of running sequences.
     num_sharers: stages, those of other replicas included, that take their KV from the same memory.
     Raises MemoryLimitError where not even one block fits, or where more is asked for than is there.
     """
@@ -80,7 +80,7 @@ def num_kv_blocks(
         num_blocks = min(
             int(room * share) // stage.bytes_per_block for stage, room in zip(stages, room_bytes, strict=True)
         )
-        num_blocks = min(num_blocks, -(-num_useful_tokens // block_tokens))
+        num_blocks = min(num_blocks, most_blocks)
     else:
         for room in room_bytes:
             if requested_bytes > room:

@@ -36,12 +36,13 @@ def choose_offload(
     link_bytes_per_second: float | None,
     block_bytes: int,
     streams_per_block: int,
+    on_gpu: bool = False,
 ) -> OffloadChoice:
     """What `engine.offload` comes to. Blocks are the same number on every stage.
 
     needed_blocks: of all sequences that may run at a time. step_seconds: of a step on one stage.
     link_bytes_per_second, block_bytes: of the stage whose link carries the fewest blocks a second.
-    None: not known; host memory is used then.
+    None: not known; host memory is used then, but on one GPU, where nothing hides what the link takes too long for.
     streams_per_block: as in `Capacity`.
     """
     if host_blocks == 0:
@@ -62,6 +63,11 @@ def choose_offload(
     layerwise = saves_room(streams_per_block)
     mode = "layer" if layerwise else "batch"
     how = "layer by layer beside a step" if layerwise else "a stage of fewer than four layers has too few to stream"
+    if num_stages == 1 and on_gpu and (step_seconds is None or link_bytes_per_second is None):
+        return OffloadChoice(
+            "none", "how long a step takes here is not known, so not what the link carries beside it; "
+            "`batchpipe profile` measures both",
+        )  # fmt: skip
     if num_stages == 1 or step_seconds is None or link_bytes_per_second is None:
         return OffloadChoice(mode, how)
     # Of a pipeline nothing but the link decides whether more can run than the device holds.

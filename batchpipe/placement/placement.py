@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from batchpipe.cost.model import StepWork
@@ -19,6 +19,8 @@ from batchpipe.placement.stage_split import StageSplit, split_stages, stage_weig
 from batchpipe.placement.step_cost import StepCost, known_cost
 from batchpipe.types import Capacity
 
+JobBlocks = Callable[[int], int | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -26,7 +28,10 @@ class Placement:
 
     stages: what each stage has free beside its weights, by what was free before they were loaded.
     cost: step times of the stages; None where nothing is known of the device, or where nothing asks for them.
-    capacity: what one replica offers, by `stages`.
+    num_sequences: of the whole job; None where they are not counted.
+    job_blocks: called once the weights are loaded, with the tokens of a block: the blocks of all sequences of the job
+    together, if all its rows have been read by then, else None.
+    capacity: what one replica offers, by `stages`, of a job of which no row has been read.
     """
 
     machine: Machine
@@ -36,14 +41,26 @@ class Placement:
     stages: tuple[StageMemory, ...]
     offload: OffloadChoice
     cost: StepCost | None
+    num_sequences: int | None = None
+    job_blocks: JobBlocks | None = None
     capacity: Capacity = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "capacity", self.capacity_of(self.stages))
+        object.__setattr__(self, "capacity", self._capacity(self.stages, self._counted_blocks()))
 
     def capacity_of(self, stages: Sequence[StageMemory]) -> Capacity:
         """What one replica offers where its stages report this once they are loaded. Raises MemoryLimitError."""
-        return offered_capacity(self.engine, self.info, self.split, stages, self.offload.mode)
+        found = None if self.job_blocks is None else self.job_blocks(stages[0].block_tokens)
+        return self._capacity(stages, self._counted_blocks() if found is None else found)
+
+    def _capacity(self, stages: Sequence[StageMemory], useful_blocks: int | None) -> Capacity:
+        return offered_capacity(self.engine, self.info, self.split, stages, self.offload.mode, useful_blocks)
+
+    def _counted_blocks(self) -> int | None:
+        """Of all sequences, each as long as the model's context."""
+        if self.num_sequences is None:
+            return None
+        return self.num_sequences * -(-self.info.max_context_tokens // self.stages[0].block_tokens)
 
     @property
     def device_name(self) -> str:
@@ -71,10 +88,16 @@ def place_on(hardware_name: str, engine: EngineSpec, info: ModelInfo, num_sequen
     return place(described_machine(hardware_name), engine, info, num_sequences)
 
 
-def place(machine: Machine, engine: EngineSpec, info: ModelInfo, num_sequences: int | None = None) -> Placement:
+def place(
+    machine: Machine,
+    engine: EngineSpec,
+    info: ModelInfo,
+    num_sequences: int | None = None,
+    job_blocks: JobBlocks | None = None,
+) -> Placement:
     """Decides all that a run decides before it loads the model, so that what cannot be is said by then.
 
-    num_sequences: of the whole job, over all replicas; None where they are not counted.
+    num_sequences, job_blocks: see `Placement`.
     Raises JobError where the machine does not fit the engine section, and MemoryLimitError.
     """
     split = split_stages(machine, engine, info)
@@ -83,7 +106,17 @@ def place(machine: Machine, engine: EngineSpec, info: ModelInfo, num_sequences: 
     asks_for_times = split.num_stages > 1 or engine.kv_host_memory > 0 or machine.hardware is not None
     cost = known_cost(machine, split, info) if asks_for_times else None
     offload = _offload(machine, engine, info, split, stages, cost, num_sequences)
-    return Placement(machine=machine, engine=engine, info=info, split=split, stages=stages, offload=offload, cost=cost)
+    return Placement(
+        machine=machine,
+        engine=engine,
+        info=info,
+        split=split,
+        stages=stages,
+        offload=offload,
+        cost=cost,
+        num_sequences=num_sequences,
+        job_blocks=job_blocks,
+    )
 
 
 def _offload(
@@ -137,4 +170,5 @@ def _offload(
         link_bytes_per_second=slowest[0] if slowest else None,
         block_bytes=slowest[1] if slowest else 1,
         streams_per_block=split.streams_per_block,
+        on_gpu=split.device == "cuda",
     )

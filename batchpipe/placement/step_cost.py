@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from time import perf_counter
-
-import torch
 
 from batchpipe.cost.hardware import Device, Hardware, known_hardware, load_hardware
 from batchpipe.cost.model import CostModel
@@ -17,10 +12,9 @@ from batchpipe.cost.roofline import RooflineCost
 from batchpipe.errors import JobError
 from batchpipe.model.describe import ModelInfo
 from batchpipe.placement.machine import Machine
+from batchpipe.placement.quick_look import quick_look
 from batchpipe.placement.stage_split import StageSplit
 
-# A quick look at a processor without a profile: seconds for its products and for its memory.
-_LOOK_SECONDS = 0.5
 _ESTIMATE = "estimate; `batchpipe profile` measures"
 
 
@@ -57,7 +51,7 @@ def estimated_cost(machine: Machine, split: StageSplit, info: ModelInfo) -> Step
     name = machine.stage_device_name(split.num_pools)
     if split.device == "cuda":
         raise JobError(f"no hardware file describes {name}; `batchpipe profile` measures it, or give --hardware FILE")
-    return _estimate(_looked_at(info.dtype), name, split, info)
+    return _estimate(_looked_at(name, info.dtype), name, split, info)
 
 
 def _estimate(device: Device, name: str, split: StageSplit, info: ModelInfo) -> StepCost:
@@ -69,23 +63,11 @@ def _known_device(name: str) -> Device | None:
     return next((device for device in devices if device.name.lower() in name.lower()), None)
 
 
-@cache
-def _looked_at(dtype: str) -> Device:
-    """This processor, with the rates of a matrix product and of a sum over memory."""
-    size = 1024
-    matrix = torch.randn(size, size).to(getattr(torch, dtype))
-    flops = 2.0 * size**3 / _fastest_seconds(lambda: matrix @ matrix)
-    memory = torch.ones(64 << 20)
-    bytes_per_second = memory.nbytes / _fastest_seconds(memory.sum)
-    measured = {"memory_bytes_per_second": bytes_per_second, "bf16_flops_per_second": flops}
+def _looked_at(name: str, dtype: str) -> Device:
+    """This processor, at the rates of a quick look."""
+    rates = quick_look(name, dtype)
+    measured = {
+        "memory_bytes_per_second": rates.memory_bytes_per_second,
+        "bf16_flops_per_second": rates.flops_per_second,
+    }
     return load_hardware("cpu").device.model_copy(update=measured)
-
-
-def _fastest_seconds(work: Callable[[], object]) -> float:
-    best = float("inf")
-    end = perf_counter() + _LOOK_SECONDS
-    while perf_counter() < end:
-        started = perf_counter()
-        work()
-        best = min(best, perf_counter() - started)
-    return best

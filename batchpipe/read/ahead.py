@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Generic, Self, TypeVar
@@ -58,6 +59,20 @@ class Ahead(Generic[T]):
                 raise error
             self._changed.notify_all()
             return taken
+
+    def whole(self, timeout_seconds: float) -> list[T] | None:
+        """All items, if nothing was taken and the reading ends in time without filling the room; else None.
+
+        They stay to be taken.
+        """
+        end_seconds = time.monotonic() + timeout_seconds
+        with self._changed:
+            while not self._is_finished and len(self._ready) < self._capacity_rows:
+                left_seconds = end_seconds - time.monotonic()
+                if left_seconds <= 0:
+                    break
+                self._changed.wait(left_seconds)
+            return list(self._ready) if self._is_finished and self._error is None else None
 
     def close(self) -> None:
         """Stops reading and drops the rows that were not taken.

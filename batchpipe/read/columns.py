@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from batchpipe.errors import InputError, JobError, RowError
 from batchpipe.job.spec import InputSpec
+from batchpipe.read.formats.marked_files import MarkedFiles
 from batchpipe.read.nested import root_of
 from batchpipe.types import ErrorCode
 
@@ -79,6 +80,11 @@ class Reader(Protocol):
     carried_schema: pa.Schema
     fingerprint: str
     id_column: str | None  # None: the rows bring no ids
+
+    @property
+    def marked(self) -> MarkedFiles | None:
+        """The files that are read; None if it is no files that are read."""
+        ...
 
     @property
     def progress(self) -> float:

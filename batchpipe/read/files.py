@@ -45,14 +45,26 @@ class InputFile:
         with _file_errors("open", self.path):
             return self.filesystem.open_input_file(self.path)
 
-    def fingerprint(self, name: str) -> bytes:
-        """Hash of name, size, beginning and end: equal for a copy, different for an edited or longer file."""
-        digest = xxhash.xxh3_128(f"{name}\0{self.size_bytes}\0".encode())
+    def fingerprint(self, name: str, size_bytes: int | None = None) -> bytes:
+        """Hash of name, size, beginning and end: equal for a copy, different for an edited or longer file.
+
+        size_bytes: of the first bytes alone, as if the file ended there.
+        """
+        size_bytes = self.size_bytes if size_bytes is None else size_bytes
+        num_bytes = min(FINGERPRINT_BYTES, size_bytes)
+        digest = xxhash.xxh3_128(f"{name}\0{size_bytes}\0".encode())
         with self.open() as file, _file_errors("read", self.path):
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, self.size_bytes - FINGERPRINT_BYTES))
-            digest.update(file.read(FINGERPRINT_BYTES))
+            digest.update(file.read(num_bytes))
+            file.seek(size_bytes - num_bytes)
+            digest.update(file.read(num_bytes))
         return digest.digest()
+
+    def has_line_end_at(self, size_bytes: int) -> bool:
+        """Whether a line ends with the first `size_bytes` bytes, or right behind them."""
+        with self.open() as file, _file_errors("read", self.path):
+            file.seek(max(0, size_bytes - 1))
+            around = file.read(3 if size_bytes else 0)
+        return not around or around[:1] == b"\n" or around[1:2] == b"\n" or around[1:3] == b"\r\n"
 
     def check_unchanged(self) -> None:
         """Raises InputError if size or time of the file differ from those found at the start."""

@@ -53,6 +53,7 @@ class Source:
         self._progress_before = 0.0
         self.carried_schema: pa.Schema = reader.carried_schema
         self.fingerprint: str = reader.fingerprint
+        self.marked = reader.marked
 
     @property
     def progress(self) -> float:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TextIO
 
 TERMINAL_SECONDS = 0.2
@@ -28,6 +28,13 @@ class Reading:
     input_tokens: int = 0
     output_tokens: int = 0
     fraction: float | None = None
+
+
+def seconds_left(first: Reading, now: Reading, seconds: float) -> float | None:
+    """For the rest of the job, from the fraction done in the `seconds` between two readings; None if none was."""
+    if first.fraction is None or now.fraction is None or now.fraction <= first.fraction:
+        return None
+    return seconds * (1 - now.fraction) / (now.fraction - first.fraction)
 
 
 class Progress:
@@ -67,7 +74,9 @@ class Progress:
 
     def _line(self, reading: Reading) -> str:
         rows = f"{reading.rows_done:,} rows"
-        if self._total_rows is not None:
+        if self._total_rows is None and reading.fraction is not None:
+            rows += f" ({reading.fraction:.1%})"  # of the work, by how much of the input has been read
+        elif self._total_rows is not None:
             share = reading.rows_done / self._total_rows if self._total_rows else 1.0
             rows = f"{reading.rows_done:,} of {self._total_rows:,} rows ({share:.1%})"
         return f"{rows}, {self._details(reading)}"
@@ -86,10 +95,8 @@ class Progress:
         """Extrapolated from the fraction that this run has done so far, without that of earlier runs."""
         assert self._first is not None
         first_seconds, first = self._first
-        if first.fraction is None or reading.fraction is None or reading.fraction <= first.fraction:
-            return ""
-        seconds = (now_seconds - first_seconds) * (1 - reading.fraction) / (reading.fraction - first.fraction)
-        return f" | {timedelta(seconds=round(seconds))} left"
+        left = seconds_left(first, reading, now_seconds - first_seconds)
+        return "" if left is None else f" | {timedelta(seconds=round(left))} left"
 
     def _choose_display(self) -> tuple[Callable[[Reading], None], Callable[[], None], float]:
         """(function that shows a reading, function that ends the display, seconds between two readings)."""
@@ -97,7 +104,7 @@ class Progress:
             return *self._notebook_display(), TERMINAL_SECONDS
         if self._stream.isatty():
             return self._redraw, lambda: self._emit("\n"), TERMINAL_SECONDS
-        return lambda reading: self._emit(self._line(reading) + "\n"), lambda: None, PLAIN_SECONDS
+        return self._log, lambda: None, PLAIN_SECONDS
 
     def _notebook_display(self) -> tuple[Callable[[Reading], None], Callable[[], None]]:
         from tqdm.auto import tqdm
@@ -109,6 +116,9 @@ class Progress:
             bar.set_postfix_str(self._details(reading))
 
         return show, bar.close
+
+    def _log(self, reading: Reading) -> None:
+        self._emit(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._line(reading)}\n")
 
     def _redraw(self, reading: Reading) -> None:
         width = shutil.get_terminal_size().columns - 1

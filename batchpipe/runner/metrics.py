@@ -7,12 +7,15 @@ import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import batchpipe
 from batchpipe.report.metrics import RunMetrics
-from batchpipe.runner.engine import Engine
-from batchpipe.runner.prepare import Prepared
 from batchpipe.write.row_set import RowCounts
+
+if TYPE_CHECKING:
+    from batchpipe.runner.engine import Engine
+    from batchpipe.runner.prepare import Prepared
 
 _REPORTED_VERSIONS = ("torch", "transformers", "pyarrow")
 
@@ -25,8 +28,10 @@ class Account:
         self._started_seconds = perf_counter()
         self._loaded_seconds = self._started_seconds
 
-    def loaded(self) -> None:
+    def loaded(self) -> float:
+        """The seconds since the run began."""
         self._loaded_seconds = perf_counter()
+        return self._loaded_seconds - self._started_seconds
 
     def metrics(self, prepared: Prepared, engine: Engine, counts: RowCounts) -> RunMetrics:
         now_seconds = perf_counter()

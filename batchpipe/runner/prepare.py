@@ -1,53 +1,43 @@
-"""From a checked job to what a run stands on: input, model files, tokenizer, prompts, output folder. No weights."""
+"""From an opened job to what a run stands on beside weights: the model's description, its tokenizer, prompts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 
-import pyarrow as pa
-import yaml
-
-import batchpipe
 from batchpipe.errors import JobError
 from batchpipe.job import Job, Sampling
-from batchpipe.job.identity import Identity, identity
+from batchpipe.model.checkpoint import has_weights
 from batchpipe.model.describe import ModelInfo, describe_model
-from batchpipe.model.generation_config import job_sampling, with_tokenizers_end
-from batchpipe.model.resolve import ResolvedModel, resolve_model
-from batchpipe.model.tokenizer import Tokenizer, load_tokenizer
-from batchpipe.placement.devices import resolve_device
+from batchpipe.model.generation_config import with_tokenizers_end
+from batchpipe.model.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from batchpipe.model.without_torch import keep_torch_out
 from batchpipe.placement.machine import this_machine
-from batchpipe.placement.placement import Placement, place
+from batchpipe.placement.placement import JobBlocks, Placement, place
 from batchpipe.predict.base import LengthPredictor
 from batchpipe.predict.open import open_predictor
 from batchpipe.read.openai_body import OVERRIDES
 from batchpipe.read.openai_render import RequestRenderer
-from batchpipe.read.render import Renderer, needed_columns
-from batchpipe.read.source import Source, open_source
+from batchpipe.read.render import Renderer
 from batchpipe.read.tokenize import requests
+from batchpipe.runner.open_job import OpenedJob, open_job
 from batchpipe.sample.detokenize import keeps_special
 from batchpipe.sample.reasoning import ReasoningMarkers, markers_of_template
 from batchpipe.sample.stop import StopStrings
 from batchpipe.sample.text import CompletionTexts
 from batchpipe.types import FailedRow, Request
-from batchpipe.write.folder import OutputFolder
-from batchpipe.write.open import open_output
-from batchpipe.write.schema import completions_schema
+
+logger = logging.getLogger(__name__)
 
 AUTO_SCHEDULE = "temporal"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A job whose input can be read and whose model can be described."""
+class Prepared(OpenedJob):
+    """An opened job whose model is described and whose rows can be made requests."""
 
-    job: Job
-    source: Source
-    schema: pa.Schema  # of the completions
-    model: ResolvedModel
     info: ModelInfo
     tokenizer: Tokenizer
     renderer: Renderer
@@ -77,15 +67,6 @@ class Prepared:
         of_rows = self.sampling.column is not None
         max_tokens = self.info.max_context_tokens if of_rows else self.sampling.max_tokens
         return open_predictor(self.job.predict.method, self.tokenizer, min(max_tokens, self.info.max_context_tokens))
-
-    @cached_property
-    def identity(self) -> Identity:
-        return identity(
-            self.job,
-            model_revision=self.model.revision,
-            dtype=self.info.dtype,
-            input_fingerprint=self.source.fingerprint,
-        )
 
     def requests(self, skip: Container[int] = frozenset()) -> Iterator[Request | FailedRow]:
         """Every row that is not skipped, ready to run or failed, in input order."""
@@ -123,19 +104,10 @@ class Prepared:
         decode = self.texts.decoder(request.prompt_token_ids.tolist(), keep=keep)
         return StopStrings(decode, sampling.stop, sampling.min_tokens)
 
-    def open_output(self, fresh: bool) -> OutputFolder:
-        return open_output(
-            self.job.output.path,
-            identity=self.identity,
-            job_yaml=yaml.safe_dump(self.job.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-            schema=self.schema,
-            provenance={"version": batchpipe.__version__, "model": self.model.name, "revision": self.model.revision},
-            fresh=fresh,
-        )
-
-    def place(self) -> Placement:
+    def place(self, job_blocks: JobBlocks | None = None) -> Placement:
         """On this machine. Raises JobError or MemoryLimitError; see `batchpipe.placement.placement.place`."""
-        return place(this_machine(self.job.engine), self.job.engine, self.info, self.num_sequences())
+        engine = self.job.engine
+        return place(this_machine(engine), engine, self.info, self.num_sequences(), job_blocks)
 
     def num_sequences(self) -> int | None:
         """All samples of all rows, where both are known beforehand."""
@@ -150,43 +122,41 @@ class Prepared:
         return self.source.rows_seen / max(self.source.progress, 1e-9)
 
 
-def prepare(job: Job, *, device: str | None = None, needs_weights: bool = True) -> Prepared:
-    """Opens input and model files, the input first: what cannot be read is told before anything is fetched.
+def prepare(job: Job) -> Prepared:
+    """Opens a job and completes it, as a run does."""
+    return complete(open_job(job))
 
-    device: `cpu` or `cuda` of another machine; None: what the job takes here.
-    needs_weights: false for a plan, which can do without (`batchpipe.model.describe.describe_model`).
-    Raises InputError, JobError or ModelError.
+
+def complete(opened: OpenedJob, *, needs_weights: bool = True, computes: bool = True) -> Prepared:
+    """Loads the configuration and the tokenizer of an opened job's model.
+
+    needs_weights: as in `open_job`.
+    computes: false where this process is ours alone and will run no model; then torch is not imported if that can be
+    helped. Raises JobError or ModelError.
     """
-    source = open_source(
-        job.input,
-        carry=job.output.columns,
-        needed=needed_columns(job.input, job.sampling.column),
-        exclude=None if "://" in job.output.path else Path(job.output.path),
-    )
-    if source.brings_requests and job.sampling.column is not None:
-        raise JobError("sampling.column: the input's requests bring their own settings; remove it")
-    rows_choose = source.brings_requests or job.sampling.column is not None
-    with_logprobs = job.sampling.logprobs > 0 or rows_choose
-    schema = completions_schema(
-        source.carried_schema,
-        with_logprobs,
-        with_reasoning=job.output.reasoning is not None,
-        prefix=job.output.prefix,
-    )
-    model = resolve_model(job.model, needs_weights=needs_weights)
+    model, job = opened.model, opened.job
     trusted = job.model.trust_remote_code
+    # A model's own code may import torch; without weights torch makes the model; with a GPU torch was asked for it.
+    if not computes and not trusted and has_weights(model.folder) and opened.device == "cpu":
+        keep_torch_out()
     info = describe_model(
         model.folder,
         job.model.dtype,
         name=model.name,
-        device=device or resolve_device(job.engine),
+        device=opened.device,
         trust_remote_code=trusted,
         needs_weights=needs_weights,
         context_tokens=job.model.max_context_tokens,
     )
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
+    check_vocabulary(tokenizer, info.vocabulary_size, model.folder)
     ends = with_tokenizers_end(info.eos_token_ids, *tokenizer.end_token)
     info = replace(info, eos_token_ids=tuple(token_id for token_id in ends if token_id < info.vocabulary_size))
-    job = job.model_copy(update={"sampling": job_sampling(job.sampling, model.folder)})
-    renderer = (RequestRenderer if source.brings_requests else Renderer)(job.input, tokenizer)
-    return Prepared(job, source, schema, model, info, tokenizer, renderer)
+    renderer = (RequestRenderer if opened.source.brings_requests else Renderer)(job.input, tokenizer)
+    if job.sampling.n > 1 and job.sampling.temperature == 0:
+        logger.warning(
+            "sampling.n is %d and sampling.temperature 0: the samples of a row are all the same; set a temperature",
+            job.sampling.n,
+        )
+    known = {field.name: getattr(opened, field.name) for field in fields(OpenedJob)}
+    return Prepared(**known, info=info, tokenizer=tokenizer, renderer=renderer)

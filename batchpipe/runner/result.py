@@ -15,6 +15,7 @@ from batchpipe.errors import OutputError
 from batchpipe.export.parts import take_rows
 from batchpipe.write.folder import part_names
 from batchpipe.write.place import Place
+from batchpipe.write.row_set import RowCounts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,15 +31,27 @@ _SUMMARY_KEYS = (
     "output_tokens_per_second",
     "total_tokens_per_second",
 )
+_SOME_ROWS_FAILED = 3
 
 
-@dataclass(frozen=True)
+def exit_code(counts: RowCounts) -> int:
+    """Of the command whose run ended with these rows."""
+    return _SOME_ROWS_FAILED if counts.failed else 0
+
+
+@dataclass(frozen=True, repr=False)
 class Result:
     """An output folder, the metrics of its last run (keys as in _metrics.parquet), and the exit code of the command."""
 
     place: Place
     metrics: Mapping[str, Any]
     exit_code: int
+
+    def __repr__(self) -> str:
+        """Short, as notebooks show it; `metrics` has the rest."""
+        rows, rate = self.metrics["rows_total"], self.metrics["output_tokens_per_second"]
+        failed = f", {self.metrics['rows_failed']:,} failed" if self.metrics["rows_failed"] else ""
+        return f"<Result {self.path}: {rows:,} rows{failed}, {rate:,.0f} output tokens/s>"
 
     @property
     def path(self) -> Any:

@@ -2,8 +2,8 @@
 
 Sequences wait, are admitted with blocks for all their tokens, are prefilled in chunks, then draw one token a step.
 A sequence may have several prefill chunks in flight, since every stage runs its steps in order; it has at most one
-step in flight that draws a token, or two where steps run ahead (`Capacity.runs_ahead`). With two tiers of KV, blocks are those of the host, and a sequence that the device
-has no room for keeps its KV there (`SwapScheduler`).
+step in flight that draws a token, or two where steps run ahead (`Capacity.runs_ahead`). With two tiers of KV, blocks
+are those of the host, and a sequence that the device has no room for keeps its KV there (`SwapScheduler`).
 
 A step is made in three parts: a `Policy` proposes its shape, `_select` picks the ready sequences that decode, and the
 `Allocator` commits blocks and chunks. Where the job's policy finds nothing to do and nothing is in flight, another

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from batchpipe.errors import OutputError
 from batchpipe.write.crash import crash_point
 from batchpipe.write.durable import sync, write_fully, write_whole, writing
 from batchpipe.write.place import Place
-from batchpipe.write.row_set import Int64Array, Range, RowCounts, from_ranges, summarize, to_ranges
+from batchpipe.write.row_set import SUMMARIZED, Int64Array, Range, RowCounts, from_ranges, summarize, to_ranges
 
 IDENTITY_KEY = "batchpipe.identity_sha256"
 
@@ -63,7 +63,7 @@ def commit_part(
         crash_point("after_tmp_write")
         sync(temporary)
     with writing(temporary), pa.OSFile(str(temporary)) as file:
-        record = describe_part(file, str(temporary), schema.metadata)
+        record = describe_part(file, str(temporary), {schema.metadata[IDENTITY_KEY.encode()]})
     if record.num_rows != sum(batch.num_rows for batch in batches):
         raise OutputError(f"{temporary}: holds other rows than were written to it; the disk is not to be trusted.")
     crash_point("before_rename")
@@ -72,8 +72,8 @@ def commit_part(
     return record
 
 
-def describe_part(file: pa.NativeFile, path: str, metadata: Mapping[bytes, bytes]) -> PartRecord:
-    """Reads a part. Raises OutputError if it is damaged, or its identity is another job's than that of `metadata`."""
+def describe_part(file: pa.NativeFile, path: str, identities: Collection[bytes]) -> PartRecord:
+    """Reads a part. Raises OutputError if it is damaged, or its identity (sha256) is none of `identities`."""
     try:
         sha256 = hashlib.sha256()
         while block := file.read(_HASH_BYTES):
@@ -81,11 +81,11 @@ def describe_part(file: pa.NativeFile, path: str, metadata: Mapping[bytes, bytes
         file.seek(0)
         with pq.ParquetFile(file) as part:
             found = part.metadata.metadata or {}
-            table = part.read(["row_index", "sample_index", "status"])
+            table = part.read(SUMMARIZED)
         num_bytes = file.size()
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{path}: cannot be read as a part of the completions: {error}") from error
-    if found.get(IDENTITY_KEY.encode()) != metadata[IDENTITY_KEY.encode()]:
+    if found.get(IDENTITY_KEY.encode()) not in identities:
         raise OutputError(f"{path}: belongs to another job; move it away, or start over with --fresh.")
     row_indexes, counts = summarize(table)
     name = path.rpartition("/")[2]

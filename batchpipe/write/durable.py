@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from batchpipe.errors import OutputError
 
@@ -56,3 +58,8 @@ def write_fully(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """The content of a small file that people may want to read."""
+    return json.dumps(value, indent=2).encode() + b"\n"

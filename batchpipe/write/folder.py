@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pyarrow as pa
 
-from batchpipe.job.identity import Identity
+from batchpipe.write.belonging import Owner
 from batchpipe.write.commit import CommitLog, PartRecord, commit_part
 from batchpipe.write.crash import crash_point
-from batchpipe.write.durable import writing
+from batchpipe.write.durable import to_json, writing
 from batchpipe.write.lock import PlaceLock
-from batchpipe.write.place import COMPLETIONS, STATE, SUCCESS, Place
+from batchpipe.write.place import COMMITS, COMPLETIONS, PART_NAME, STATE, SUCCESS, Place
 from batchpipe.write.row_set import Int64Array, RowCounts, RowSet
-
-COMMITS = "commits.jsonl"
-PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
 # A remote place gets the commit log again this often; the parts that it lacks are read by a run that resumes elsewhere.
 _LOG_UPLOAD_SECONDS = 30.0
@@ -35,7 +29,7 @@ class OutputFolder:
     `done` holds the input rows that have an outcome on disk, in a part or in the row log; `counts` are their outcomes.
     """
 
-    def __init__(self, place: Place, lock: PlaceLock, identity: Identity, schema: pa.Schema) -> None:
+    def __init__(self, place: Place, lock: PlaceLock, owner: Owner, schema: pa.Schema) -> None:
         self.place = place
         self.state = place.working
         self.schema = schema
@@ -45,12 +39,17 @@ class OutputFolder:
         self.commit_log = CommitLog(self.state / COMMITS)
         self._log_upload_seconds = time.monotonic()
         self._lock = lock
-        self._identity = identity
+        self._owner = owner
         self._attempt_path = self.state / "tmp" / uuid.uuid4().hex[:8]
         with writing(self.state):
             shutil.rmtree(self._attempt_path.parent, ignore_errors=True)  # parts that earlier attempts did not finish
             self._attempt_path.mkdir(parents=True)
         place.make_folder(COMPLETIONS)
+
+    @property
+    def identities(self) -> frozenset[bytes]:
+        """What the footers of its parts may name as their job: it, or it before it was extended."""
+        return self._owner.identities
 
     @property
     def finished(self) -> bool:
@@ -80,6 +79,21 @@ class OutputFolder:
         with writing(self.log_path(number)):
             self.log_path(number).unlink(missing_ok=True)
 
+    def replace(self, name: str, batches: Sequence[pa.RecordBatch]) -> None:
+        """Writes the part `name` anew, with fewer rows than it has; then `rewrite_log` must record it."""
+        self._lock.check()
+        temporary = self._attempt_path / name
+        record = commit_part(batches, self.schema, temporary, self.place, f"{COMPLETIONS}/{name}")
+        self.parts = [record if part.name == name else part for part in self.parts]
+        self.done, self.counts = RowSet(), RowCounts()
+        for part in self.parts:
+            self.take(part.row_indexes, part.counts)
+
+    def rewrite_log(self) -> None:
+        """Makes the commit log say what `parts` are, in the store too."""
+        self.commit_log.rewrite(self.parts)
+        self._upload_log()
+
     def finish(self, total_rows: int) -> None:
         """Declares the output complete: manifest, then `_SUCCESS`. All of the input's rows must be in parts."""
         rows_in_parts = sum(record.counts.total for record in self.parts)
@@ -87,7 +101,7 @@ class OutputFolder:
         self._lock.check()
         self._upload_log()
         manifest = {
-            "identity_sha256": self._identity.sha256,
+            "identity_sha256": self._owner.identity.sha256,
             "rows": msgspec.to_builtins(self.counts),
             "parts": [
                 {"name": part.name, "rows": part.num_rows, "bytes": part.num_bytes, "sha256": part.sha256}
@@ -116,7 +130,3 @@ def part_names(place: Place) -> list[str]:
     """The committed parts of completions in their order, as names in `place`."""
     names = sorted(place.sizes_bytes(COMPLETIONS))
     return [f"{COMPLETIONS}/{name}" for name in names if PART_NAME.fullmatch(name)]
-
-
-def to_json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2).encode() + b"\n"

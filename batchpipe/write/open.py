@@ -6,27 +6,32 @@ by the same code; there is no other way in.
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from batchpipe.errors import OutputError
-from batchpipe.job.identity import Identity, difference
+from batchpipe.job.identity import Identity
+from batchpipe.job.input_files import CompareInput, FileMark
+from batchpipe.write.belonging import claim
 from batchpipe.write.commit import IDENTITY_KEY, PartRecord, describe_part
 from batchpipe.write.durable import writing
-from batchpipe.write.folder import COMMITS, PART_NAME, OutputFolder, to_json
+from batchpipe.write.folder import OutputFolder
 from batchpipe.write.lock import FolderLock
-from batchpipe.write.place import COMPLETIONS, STATE, Place, open_place
+from batchpipe.write.place import COMMITS, COMPLETIONS, LOG_NAME, PART_NAME, STATE, Place, open_place
 from batchpipe.write.remote_lock import RemoteLock
+from batchpipe.write.retry import finish_journal, read_journal
 from batchpipe.write.row_log import read_log
 from batchpipe.write.row_set import summarize
 from batchpipe.write.schema import SCHEMA_VERSION
 
-_LOG_NAME = re.compile(r"rows-(\d{5,})\.log")
+logger = logging.getLogger(__name__)
 
 
 def open_output(
@@ -36,14 +41,20 @@ def open_output(
     job_yaml: str,
     schema: pa.Schema,
     provenance: Mapping[str, str],
+    input_files: Sequence[FileMark] = (),
+    compare_input: CompareInput | None = None,
     fresh: bool = False,
+    extend: bool = False,
 ) -> OutputFolder:
     """Opens the folder of the job that `identity` names, creating it if needed, and recovers the rows it holds.
 
     `path` is a local folder or an address of an object store (`batchpipe.write.place`).
 
     `provenance` (versions, model, revision) goes into the footer of each part. With `fresh` an older output is moved
-    to `<path>.old-<time>`. Raises OutputError if the folder is in use, belongs to another job or to something else
+    to `<path>.old-<time>`. With `extend` the folder of the same job over a smaller input becomes this job's, by
+    `input_files` and what `compare_input` says of earlier ones.
+
+    Raises OutputError if the folder is in use, belongs to another job or to something else
     than batchpipe, cannot be written, or has lost or doubled committed rows.
     """
     place = open_place(path)
@@ -51,14 +62,20 @@ def open_output(
     try:
         metadata = {f"batchpipe.{key}": value for key, value in provenance.items()}
         metadata |= {IDENTITY_KEY: identity.sha256, "batchpipe.schema_version": str(SCHEMA_VERSION)}
-        _check_identity(place, identity)
+        check_columns = partial(_check_columns, place, schema)
+        owner = claim(place, identity, input_files, compare_input, check_columns if extend else None)
         place.write(f"{STATE}/job.yaml", job_yaml.encode())
-        folder = OutputFolder(place, lock, identity, schema.with_metadata(metadata))
+        folder = OutputFolder(place, lock, owner, schema.with_metadata(metadata))
         _recover(folder)
     except BaseException:
         lock.release()
         raise
     return folder
+
+
+def is_begun(path: str | Path) -> bool:
+    """Whether a run has begun to write there, of whatever job."""
+    return open_place(path).size_bytes(f"{STATE}/identity.json") is not None
 
 
 def next_part_number(folder: OutputFolder) -> int:
@@ -82,7 +99,7 @@ def _lock_folder(place: Place, fresh: bool) -> FolderLock:
     if not (begun and fresh):
         return lock
     with lock:
-        place.move_to(_aside(place))
+        _move_aside(place)
     return _lock_folder(place, fresh=False)
 
 
@@ -96,7 +113,7 @@ def _lock_remote(place: Place, fresh: bool) -> RemoteLock:
     lock = RemoteLock(place)
     if begun and fresh:
         with lock:
-            place.move_to(_aside(place))
+            _move_aside(place)
         return _lock_remote(place, fresh=False)
     commits = place.working / COMMITS
     if not commits.exists():
@@ -105,32 +122,25 @@ def _lock_remote(place: Place, fresh: bool) -> RemoteLock:
     return lock
 
 
-def _aside(place: Place) -> str:
-    return f"{place.base}.old-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+def _move_aside(place: Place) -> None:
+    aside = f"{place.base}.old-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+    place.move_to(aside)
+    logger.warning("output.path: the old output was moved to %s", aside)
 
 
-def _check_identity(place: Place, identity: Identity) -> None:
-    folder, name = place.address, f"{STATE}/identity.json"
-    path = place / name
-    data = place.read(name)
-    if data is None:
-        if _numbered(place.sizes_bytes(COMPLETIONS), PART_NAME):
-            raise OutputError(f"{path} is missing, so it is unknown which job {folder} belongs to; use --fresh.")
-        place.write(name, to_json({"schema_version": SCHEMA_VERSION, "identity": identity.parts}))
-        return
-    try:
-        found = json.loads(data)
-        version, parts = found["schema_version"], found["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path}: cannot be read ({error}); start over with --fresh.") from error
-    if version != SCHEMA_VERSION:
-        raise OutputError(
-            f"{folder}: holds completions of layout {version}, this batchpipe writes {SCHEMA_VERSION}; choose "
-            "another output.path, or move the old output aside with --fresh."
-        )
-    if differing := difference(parts, identity.parts):
-        lines = "\n  ".join([f"{folder}: belongs to another job:", *differing])
-        raise OutputError(f"{lines}\nChoose another output.path, or move the old output aside with --fresh.")
+def _check_columns(place: Place, schema: pa.Schema) -> None:
+    """Raises OutputError if the rows that are there have other columns: a larger input may have other types."""
+    names = sorted(name for name in place.sizes_bytes(COMPLETIONS) if PART_NAME.fullmatch(name))
+    for name in names[:1]:
+        with place.open(f"{COMPLETIONS}/{name}") as file:
+            found = pq.read_schema(file)
+        if not found.equals(schema):
+            raise OutputError(
+                f"{place / COMPLETIONS}/{name}: has other columns than the input has now, whose types go by its first "
+                "rows, so it cannot be extended; choose another output.path, or start over with --fresh."
+            )
+    for path in place.working.glob("rows-*.log"):
+        read_log(path, schema)
 
 
 def _recover(folder: OutputFolder) -> None:
@@ -138,6 +148,8 @@ def _recover(folder: OutputFolder) -> None:
     sizes_bytes = folder.place.sizes_bytes(COMPLETIONS)
     parts = _numbered(sizes_bytes, PART_NAME)
     records, intact = folder.commit_log.read()
+    journal = read_journal(folder.place)
+    records = [record for record in records if record.name not in journal]  # those are read anew
     for record in records:
         _check_unchanged(_part_path(folder, record.name), record, sizes_bytes.get(record.name))
     known = {record.name for record in records}
@@ -150,9 +162,11 @@ def _recover(folder: OutputFolder) -> None:
         folder.parts.append(record)
     if unrecorded or not intact:
         folder.commit_log.rewrite(folder.parts)
-    logs = _numbered((path.name for path in folder.state.iterdir()), _LOG_NAME)
+    logs = _numbered((path.name for path in folder.state.iterdir()), LOG_NAME)
     for number, name in logs.items():
         _settle_log(folder, number, folder.state / name, committed=number in parts)
+    if journal:
+        finish_journal(folder, journal)
 
 
 def _numbered(names: Iterable[str], pattern: re.Pattern[str]) -> dict[int, str]:
@@ -170,7 +184,7 @@ def _described(folder: OutputFolder, name: str) -> PartRecord:
     except OSError as error:
         raise OutputError(f"{path}: cannot be read as a part of the completions: {error}") from error
     with file:
-        return describe_part(file, path, folder.schema.metadata)
+        return describe_part(file, path, folder.identities)
 
 
 def _check_unchanged(path: str, record: PartRecord, num_bytes: int | None) -> None:

@@ -8,6 +8,7 @@ machine, and gets each finished file under its final name.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from batchpipe.write.durable import publish, write_whole, writing
 STATE = "_batchpipe"
 COMPLETIONS = "completions"
 SUCCESS = "_SUCCESS"
+COMMITS = "commits.jsonl"  # in the state folder, as is the row log of each part to be
+LOG_NAME = re.compile(r"rows-(\d{5,})\.log")
+PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
 
 @dataclass(frozen=True, slots=True)

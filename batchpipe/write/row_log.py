@@ -51,8 +51,8 @@ class RowLog:
         os.close(self._descriptor)
 
 
-def read_log(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
-    """The batches of a log, without a torn last frame.
+def read_log(path: Path, schema: pa.Schema | None = None) -> list[pa.RecordBatch]:
+    """The batches of a log, without a torn last frame; any columns will do without a `schema`.
 
     Raises OutputError if a whole frame follows a damaged one, or if the rows have other columns than `schema`.
     """
@@ -62,7 +62,7 @@ def read_log(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
     if not stream:
         return []
     reader = pa.ipc.open_stream(stream)
-    if not reader.schema.equals(schema):
+    if schema is not None and not reader.schema.equals(schema):
         raise OutputError(f"{path}: holds rows with other columns than this job's; start over with --fresh.")
     return list(reader)
 

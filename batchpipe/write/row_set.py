@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -18,18 +19,32 @@ Range = tuple[int, int]  # first and last row index, both included
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """Input rows by outcome. A row with a failed sample is failed, else one with a canceled sample is canceled."""
+    """Input rows by outcome. A row with a failed sample is failed, else one with a canceled sample is canceled.
+
+    failed_by_code: of the first failed sample of a row. Tokens are those of the rows' prompts, each once, and of all
+    their samples.
+    """
 
     succeeded: int = 0
     failed: int = 0
     canceled: int = 0
+    failed_by_code: Mapping[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
     @property
     def total(self) -> int:
         return self.succeeded + self.failed + self.canceled
 
     def __add__(self, other: RowCounts) -> RowCounts:
-        return RowCounts(self.succeeded + other.succeeded, self.failed + other.failed, self.canceled + other.canceled)
+        return RowCounts(
+            self.succeeded + other.succeeded,
+            self.failed + other.failed,
+            self.canceled + other.canceled,
+            dict(Counter(self.failed_by_code) + Counter(other.failed_by_code)),
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
 
 
 class RowSet:
@@ -67,6 +82,10 @@ class RowSet:
         self._length += len(row_indexes)
 
 
+# The columns that `summarize` reads.
+SUMMARIZED = ["row_index", "sample_index", "status", "error_code", "prompt_tokens", "completion_tokens"]
+
+
 def summarize(completions: pa.RecordBatch | pa.Table) -> tuple[Int64Array, RowCounts]:
     """(input rows [R], counts of their outcomes) of a table in which the samples of one row are neighbours."""
     first_samples = np.flatnonzero(np.asarray(completions.column("sample_index")) == 0)
@@ -79,8 +98,22 @@ def summarize(completions: pa.RecordBatch | pa.Table) -> tuple[Int64Array, RowCo
     )
     num_failed = int(failed.sum())
     num_canceled = int((canceled & ~failed).sum())
-    counts = RowCounts(len(first_samples) - num_failed - num_canceled, num_failed, num_canceled)
+    counts = RowCounts(
+        len(first_samples) - num_failed - num_canceled,
+        num_failed,
+        num_canceled,
+        _failed_by_code(completions) if num_failed else {},
+        int(np.asarray(pc.fill_null(completions.column("prompt_tokens"), 0))[first_samples].sum()),
+        pc.sum(completions.column("completion_tokens")).as_py() or 0,
+    )
     return np.asarray(completions.column("row_index"))[first_samples], counts
+
+
+def _failed_by_code(completions: pa.RecordBatch | pa.Table) -> dict[str, int]:
+    failed = np.asarray(pc.equal(completions.column("status"), RowStatus.FAILED.value))
+    _, firsts = np.unique(np.asarray(completions.column("row_index"))[failed], return_index=True)
+    codes = completions.column("error_code").to_pylist()
+    return dict(Counter(codes[place] for place in np.flatnonzero(failed)[firsts].tolist()))
 
 
 def to_ranges(row_indexes: Int64Array) -> list[Range]:

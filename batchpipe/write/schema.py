@@ -85,7 +85,7 @@ def _carried_field(field: pa.Field, reserved: frozenset[str], prefix: str | None
 def _check_storable(field: pa.Field) -> None:
     """Writes an empty Parquet file, so that a type which Parquet lacks is found before the model is loaded."""
     try:
-        pq.write_table(pa.schema([field]).empty_table(), pa.BufferOutputStream())
+        pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
     except pa.ArrowNotImplementedError as error:
         raise JobError(
             f"output.columns: the input column {field.name!r} has the type {field.type}, which Parquet cannot hold; "

@@ -53,8 +53,8 @@ def _attention(
         max_sequences=num_sequences,
         tile_queries=TILE_QUERIES,
     )
-    lengths = [np.full(num_sequences, number, np.int32) for number in (num_new, num_context)]
-    at = step_inputs.fill(np.zeros(num_tokens, np.int32), *lengths, tables, np.ones(num_sequences, np.bool_))
+    new, context = (np.full(num_sequences, number, np.int32) for number in (num_new, num_context))
+    at = step_inputs.fill(np.zeros(num_tokens, np.int32), new, context, tables, np.ones(num_sequences, np.bool_))
     backend = TritonAttention(pool.device)
     inputs = AttentionInputs.of_device(at, pool, backend, 0)
     query = torch.randn(num_tokens, num_heads, head_dim, device=pool.device, dtype=torch.bfloat16)

@@ -19,7 +19,7 @@ import batchpipe
 from batchpipe.cli import main
 from batchpipe.commands.export import export_command
 from batchpipe.errors import OutputError
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from tests.read.test_read_openai_batch import COMPLETIONS, request
 from tests.runner.test_run import good_rows, job_of, open_fake
 

@@ -14,7 +14,7 @@ from batchpipe.cli import main
 from batchpipe.commands.plan import describe_plan, plan_job
 from batchpipe.errors import InputError, JobError, ModelError
 from batchpipe.job import load_job
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from tests.runner.test_run import good_rows, job_of, open_fake
 from tests.tiny_models import tiny_model
 

@@ -11,7 +11,7 @@ import pytest
 from batchpipe.commands.plan_lengths import Lengths
 from batchpipe.job import load_job
 from batchpipe.runner.prepare import prepare
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from batchpipe.types import Request
 from tests.runner.test_run import good_rows, job_of, open_fake
 

@@ -14,7 +14,7 @@ from batchpipe.commands.predictor import evaluate_command, train_command
 from batchpipe.errors import InputError, JobError
 from batchpipe.job import load_job
 from batchpipe.runner.prepare import prepare
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from batchpipe.training.examples import read_examples
 from batchpipe.types import Request
 from tests.runner.test_run import good_rows, job_of, open_fake

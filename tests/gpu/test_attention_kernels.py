@@ -14,7 +14,7 @@ from batchpipe.attention.base import AttentionInputs, AttentionOptions
 from batchpipe.attention.device_inputs import DeviceStepInputs
 from batchpipe.attention.triton_attention import TILE_QUERIES, TritonAttention
 from batchpipe.kv.pool import KvPool
-from batchpipe.pipeline.step_graphs import padding_of
+from batchpipe.pipeline.model_runner.graphs import padding_of
 from tests.attention.exact_attention import exact_attention
 from tests.attention.paged_cases import PagedCase, attend_in_chunks
 
@@ -131,6 +131,7 @@ def _steps(case: PagedCase, cuts: list[list[int]], *, is_padded: bool) -> list[t
                     for part in parts
                 ]
             of = AttentionInputs.of_device(at, pool, BACKEND, 0)
-            output = BACKEND.forward(of, 1, *parts, AttentionOptions(case.scale, case.sliding_window))[: len(rows)]
+            options = AttentionOptions(case.scale, case.sliding_window)
+            output = BACKEND.forward(of, 1, parts[0], parts[1], parts[2], options)[: len(rows)]
         found.append((output, pool))
     return found

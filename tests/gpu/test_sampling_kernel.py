@@ -33,7 +33,8 @@ def shares(row: torch.Tensor, temperature: float, top_k: int, top_p: float, min_
         reached = np.searchsorted(np.cumsum(weights[order]), np.float32(top_p) * weights.sum() * (1 - 1e-9))
         weights = np.where(weights >= weights[order][min(reached, len(order) - 1)], weights, 0)
     weights = np.where(weights >= np.float32(min_p), weights, 0)
-    return np.cumsum(weights) / weights.sum()
+    found: NDArray[np.float64] = np.cumsum(weights) / weights.sum()
+    return found
 
 
 @settings(max_examples=200 if DEVICE.type == "cuda" else 12)

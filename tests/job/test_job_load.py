@@ -190,3 +190,27 @@ def test_paths_may_be_path_objects(tmp_path: Path) -> None:
 def test_importing_the_job_loads_nothing_heavy() -> None:
     check = "import sys, batchpipe.job; print([m for m in ('torch', 'pyarrow', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_paths_of_overrides_are_relative_to_the_working_folder(
+    job_file: JobFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    (here / "local-model").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    path = job_file()
+    for overrides in (
+        ["input.path=[a.jsonl, 's3://b/c', ../d]", "output.path=out", "model.name=local-model", "predict.method=p.st"],
+        {
+            "input.path": [Path("a.jsonl"), "s3://b/c", "../d"],
+            "output.path": "out",
+            "model.name": "local-model",
+            "predict.method": "p.st",
+        },
+    ):
+        job = load_job(path, overrides)
+        assert job.input.path == (str(here / "a.jsonl"), "s3://b/c", str(tmp_path / "d"))
+        assert (job.output.path, job.model.name) == (str(here / "out"), str(here / "local-model"))
+        assert job.predict.method == str(here / "p.st")
+    job = load_job(path, ["model.name=some/hub-id", "input.chat_template=none", "predict.method=quantile"])
+    assert (job.model.name, job.input.chat_template, job.predict.method) == ("some/hub-id", "none", "quantile")

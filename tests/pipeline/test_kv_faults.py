@@ -13,7 +13,7 @@ from batchpipe.pipeline.swap.copy_engine import EmulatedLink, Fault
 from batchpipe.placement.offload_mode import OffloadChoice, OffloadMode
 from batchpipe.placement.open import open_pipelines
 from batchpipe.runner.result import Result
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from tests.runner.test_run import good_rows, job_of
 
 NUM_ROWS = 24

@@ -11,7 +11,7 @@ from batchpipe.commands.plan import describe_plan, plan_job
 from batchpipe.errors import JobError, MemoryLimitError
 from batchpipe.job import load_job
 from batchpipe.placement import open as opening
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from tests.runner.test_run import good_rows, job_of
 
 # The tiny model has 4 layers of 192 bytes a token: blocks of 6 KiB on one stage, 3 KiB on each of two.

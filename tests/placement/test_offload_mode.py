@@ -29,6 +29,8 @@ PIPELINE: dict[str, Any] = {
         ({"needed_blocks": 1000.0}, "none", "hold all that can run"),
         ({"num_stages": 1}, "layer", "layer by layer beside a step"),
         ({"num_stages": 1, "step_seconds": None, "needed_blocks": None}, "layer", "layer by layer beside a step"),
+        ({"num_stages": 1, "on_gpu": True}, "layer", "layer by layer beside a step"),
+        ({"num_stages": 1, "on_gpu": True, "step_seconds": None}, "none", "`batchpipe profile` measures both"),
         ({"num_stages": 1, "streams_per_block": 1}, "batch", "fewer than four layers"),
         ({"streams_per_block": 0, "step_seconds": None}, "batch", "fewer than four layers"),
         ({"step_seconds": None}, "layer", "layer by layer beside a step"),

@@ -199,3 +199,29 @@ def test_this_machine_is_asked_once_for_what_it_has_free(info: ModelInfo, monkey
     assert asked == ["cpu"]
     assert (found.machine.free_bytes, found.machine.host_free_bytes) == (5 * GIB, 5 * GIB)
     assert (found.split.num_stages, found.split.num_pools, found.block_tokens) == (2, 2, 16)
+
+
+def test_no_more_kv_is_made_than_the_jobs_sequences_can_use(info: ModelInfo) -> None:
+    alone = engine(kv_device_memory="auto", kv_host_memory=0)
+    longest = info.max_context_tokens // 16
+    assert place(CPU, alone, info, 3).capacity.num_blocks == 3 * longest
+    unknown = place(CPU, alone, info).capacity.num_blocks
+    assert place(CPU, alone, info, 1 << 30).capacity.num_blocks == unknown > 3 * longest
+    asked = engine(kv_device_memory="1MiB", kv_host_memory=0)
+    assert place(CPU, asked, info, 1).capacity == place(CPU, asked, info).capacity
+
+
+def test_rows_that_were_read_meanwhile_say_how_much_kv_they_can_use(info: ModelInfo) -> None:
+    asked_tokens: list[int] = []
+    answers = iter([5, None, 0])
+
+    def job_blocks(block_tokens: int) -> int | None:
+        asked_tokens.append(block_tokens)
+        return next(answers)
+
+    found = place(CPU, engine(kv_device_memory="auto", kv_host_memory=0), info, 3, job_blocks)
+    assert asked_tokens == []  # no row is waited for before the weights are loaded
+    assert found.capacity_of(found.stages).num_blocks == 5
+    assert found.capacity_of(found.stages) == found.capacity
+    assert found.capacity_of(found.stages).num_blocks == 1  # no row can run
+    assert asked_tokens == [16, 16, 16]

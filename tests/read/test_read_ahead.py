@@ -111,3 +111,34 @@ def test_a_read_that_does_not_answer_is_left_behind(
     answer.set()
     ahead._thread.join(10)
     assert not ahead._thread.is_alive()
+
+
+def test_a_small_input_is_there_as_a_whole_before_it_is_taken() -> None:
+    with Ahead(iter(range(10)), 100) as ahead:
+        assert ahead.whole(60.0) == list(range(10))
+        assert drained(ahead, 3) == list(range(10))
+
+
+def test_an_input_that_is_too_large_or_too_slow_or_broken_is_not_whole() -> None:
+    with Ahead(iter(range(1000)), 100) as ahead:
+        assert ahead.whole(60.0) is None
+    released = threading.Event()
+
+    def slow() -> Iterator[int]:
+        yield 1
+        released.wait()
+
+    with Ahead(slow(), 100) as ahead:
+        assert ahead.whole(0.01) is None
+        released.set()
+        assert ahead.whole(60.0) == [1]
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise InputError("gone")
+
+    with Ahead(broken(), 100) as ahead:
+        assert ahead.whole(60.0) is None
+        assert ahead.take(1, block=True) == [1]
+        with pytest.raises(InputError, match="gone"):
+            ahead.take(1, block=True)

@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 import types
 
@@ -45,7 +46,9 @@ def test_plain_lines_come_every_five_seconds_and_at_the_end(run: Run, clock: Clo
             clock.now_seconds = 1000.0 + second
             run.reading = Reading(second, 1, 10 * second, 20 * second, second / 100)
             progress.tick()
-    lines = stream.getvalue().splitlines()
+    stamped = stream.getvalue().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in stamped)
+    lines = [line[20:] for line in stamped]
     assert [line.partition(" of")[0] for line in lines] == ["0", "5", "10", "11"]
     assert lines[1] == "5 of 100 rows (5.0%), 1 failed | tokens/s: 10 in, 20 out (20 overall) | 0:01:35 left"
     assert stream.getvalue().endswith("\n") and "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
@@ -93,7 +96,7 @@ def test_an_empty_input_is_all_done(run: Run, clock: Clock) -> None:
     with Progress(0, run, stream, clock) as progress:
         run.reading = Reading(0, 0, 0, 0, 1.0)
         progress.tick()
-    assert stream.getvalue().startswith("0 of 0 rows (100.0%)")
+    assert stream.getvalue()[20:].startswith("0 of 0 rows (100.0%)")
 
 
 def test_nothing_goes_to_stdout(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +104,7 @@ def test_nothing_goes_to_stdout(run: Run, capsys: pytest.CaptureFixture[str]) ->
         run.reading = Reading(1, 0, 2, 3, 1.0)
         progress.tick()
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("1 of 1 rows (100.0%)")
+    assert captured.out == "" and captured.err[20:].startswith("1 of 1 rows (100.0%)")
 
 
 def test_a_notebook_gets_a_tqdm_bar(run: Run, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

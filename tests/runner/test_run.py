@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchpipe
-from batchpipe.commands.validate import validate_job
+from batchpipe.commands.validate import shown_prompt, validate_job
 from batchpipe.errors import InputError, InterruptedRunError, JobError, ModelError, OutputError, TooManyFailedError
 from batchpipe.job import load_job
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.pipeline.fake import FakePipeline
 from batchpipe.placement.placement import Placement
-from batchpipe.runner.run import run_job
+from batchpipe.runner.run import SPARE_KV
+from batchpipe.runner.start import run_job
 from batchpipe.types import Capacity, StepResult
 from tests.tiny_models import tiny_model
 
@@ -129,8 +131,29 @@ def test_a_finished_job_gives_its_result_again(tmp_path: Path) -> None:
 
     again = run_job(job, open_pipelines=never)
     assert again.exit_code == 0
+    assert again.summary == first.summary
     assert again.metrics["run_id"] == first.metrics["run_id"]
     assert again.table() == first.table()
+
+
+def test_a_finished_job_ends_as_it_ended_without_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(tmp_path, [*good_rows(3), "no json"])
+    first = run_job(job, open_pipelines=open_fake)
+
+    def never(opened: object) -> None:
+        raise AssertionError("a finished job needs no tokenizer")
+
+    monkeypatch.setattr("batchpipe.runner.prepare.complete", never)
+    again = run_job(job)
+    assert (again.exit_code, again.summary) == (first.exit_code, first.summary) and again.exit_code == 3
+
+
+def test_what_cannot_run_leaves_no_output_behind(tmp_path: Path) -> None:
+    job = job_of(tmp_path, good_rows(1), input={"chat_template": str(tmp_path / "wrong.jinja")})
+    (tmp_path / "wrong.jinja").write_text("{% if %}")
+    with pytest.raises(JobError, match="no prompt can be written"):
+        run_job(job, open_pipelines=open_fake)
+    assert not (tmp_path / "output").exists()
 
 
 def test_another_job_is_refused_with_the_difference_and_fresh_moves_it_aside(tmp_path: Path) -> None:
@@ -163,7 +186,7 @@ def test_a_signal_commits_and_the_next_run_continues_with_the_same_texts(tmp_pat
         return [Interrupting(CAPACITY, placement.info.vocabulary_size, placement.info.eos_token_ids[0])]
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM") as stopped:
+    with pytest.raises(InterruptedRunError, match=r"stopped by SIGTERM with \d+ of (about )?60 rows done") as stopped:
         run_job(job, open_pipelines=interrupting)
     assert signal.getsignal(signal.SIGTERM) is before
     assert stopped.value.exit_code == 75
@@ -204,7 +227,17 @@ def test_validate_counts_all_and_lists_the_first_of_each_kind(tmp_path: Path) ->
     rows = [*["{oops"] * 9, *good_rows(2), *[{"id": f"e{i}", "prompt": ""} for i in range(3)]]
     report = validate_job(load_job(job_of(tmp_path, rows)))
     assert report["failed_by_code"] == {"invalid_json": 9, "empty_prompt": 3}
-    assert [problem.split(": ")[1] for problem in report["problems"]] == ["invalid_json"] * 5 + ["empty_prompt"] * 3
+    codes = [problem.split(": ")[1] for problem in report["problems"]]
+    assert codes == ["invalid_json"] * 6 + ["empty_prompt"] * 3
+    assert report["problems"][5] == "and 4 more: invalid_json"
+    assert report["first_prompt"] == "<|start|>user\nprompt number 0<|end|>\n<|start|>assistant\n"
+
+
+def test_a_prompt_is_shown_line_by_line_and_cut(tmp_path: Path) -> None:
+    assert shown_prompt("<s>a\nb\n") == "the first prompt, as the model gets it:\n  | <s>a\n  | b\n  | "
+    assert shown_prompt("x" * 5000).endswith("x... (5,000 characters)")
+    report = validate_job(load_job(job_of(tmp_path, ["{oops"])))
+    assert report["first_prompt"] is None
 
 
 def test_a_missing_model_is_told_before_the_output_is_touched(tmp_path: Path) -> None:
@@ -292,3 +325,62 @@ def test_an_output_that_is_not_finished_is_no_input(tmp_path: Path) -> None:
     job = job_of(tmp_path, [], input={"path": str(tmp_path / "output")}, output={"path": str(tmp_path / "next")})
     with pytest.raises(InputError, match="is the output of a job that is not finished"):
         run_job(job, open_pipelines=open_fake)
+
+
+def test_a_run_says_what_runs_where_and_which_rows_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = job_of(tmp_path, [*good_rows(3), "no json", {"id": "x"}, {"id": "y"}], engine={"device": "cpu"})
+    run_job(job, open_pipelines=open_fake)
+    said = [line.partition("batchpipe: ")[2] for line in capsys.readouterr().err.splitlines()]
+    start, ready, *_, end = [line for line in said if line]
+    assert start.startswith(f"{tiny_model('llama')} (float32) on ")
+    assert start.endswith(f"; writing to {tmp_path / 'output'}")
+    assert re.fullmatch(r"ready after \d+\.\d s, with KV for 1,024 tokens", ready)
+    assert end.startswith("3 rows failed: 2 missing_prompt, 1 invalid_json; error_message says why")
+    assert "was moved to" not in caplog.text
+    run_job(job, fresh=True, open_pipelines=open_fake)
+    (moved,) = tmp_path.glob("output.old-*")
+    assert f"the old output was moved to {moved}" in caplog.text
+
+
+def test_a_parquet_input_and_a_continued_run_are_told_with_their_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.Table.from_pylist(good_rows(5)), tmp_path / "rows.parquet")
+    job = job_of(tmp_path, [], input={"path": str(tmp_path / "rows.parquet"), "limit": 2})
+    run_job(job, open_pipelines=open_fake)
+    assert ", 2 rows; writing to " in capsys.readouterr().err
+    run_job(job, {"input.limit": 5}, extend=True, open_pipelines=open_fake)
+    assert ", 5 rows, 2 rows done before; writing to " in capsys.readouterr().err
+
+
+def test_an_empty_input_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_job(job_of(tmp_path, []), open_pipelines=open_fake)
+    assert "batchpipe: the input holds no rows; the output is an empty table\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sampling", "warns"), [({"n": 2}, True), ({"n": 2, "temperature": 0.5}, False), ({}, False)])
+def test_equal_samples_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sampling: dict[str, Any], warns: bool
+) -> None:
+    validate_job(load_job(job_of(tmp_path, good_rows(1), sampling=sampling)))
+    assert ("the samples of a row are all the same" in caplog.text) == warns
+
+
+def test_kv_is_made_for_the_rows_that_were_read(tmp_path: Path) -> None:
+    capacities: list[Capacity] = []
+
+    def opening(placement: Placement) -> list[Pipeline]:
+        capacities.append(placement.capacity_of(placement.stages))
+        capacities.append(placement.capacity)
+        return open_fake(placement)
+
+    job = job_of(
+        tmp_path, [*good_rows(3), "no json"], sampling={"n": 2, "temperature": 1.0}, engine={"block_tokens": 4}
+    )
+    table = run_job(job, open_pipelines=opening).table()
+    longest_tokens = [tokens + 12 for tokens in table.column("prompt_tokens").to_pylist() if tokens is not None]
+    needed_blocks = sum(-(-tokens // 4) for tokens in longest_tokens)
+    assert len(longest_tokens) == 6 and capacities[0].num_blocks == SPARE_KV * needed_blocks + 1
+    assert capacities[0].num_blocks < capacities[1].num_blocks

@@ -10,7 +10,7 @@ import pytest
 from batchpipe.commands.validate import validate_job
 from batchpipe.errors import JobError
 from batchpipe.job import load_job
-from batchpipe.runner.run import run_job
+from batchpipe.runner.start import run_job
 from tests.read.test_read_openai_batch import COMPLETIONS, request
 from tests.runner.test_run import job_of, open_fake
 

@@ -47,7 +47,11 @@ def test_a_finished_output_holds_all_rows_and_says_so(tmp_path: Path) -> None:
     assert row_indexes(tmp_path) == list(range(25))
     assert (tmp_path / "_SUCCESS").read_bytes() == b""
     manifest = json.loads((tmp_path / "_batchpipe" / "manifest.json").read_bytes())
-    assert manifest["rows"] == {"succeeded": 21, "failed": 4, "canceled": 0}
+    assert {key: manifest["rows"][key] for key in ("succeeded", "failed", "canceled")} == {
+        "succeeded": 21,
+        "failed": 4,
+        "canceled": 0,
+    }
     assert [(part["name"], part["rows"]) for part in manifest["parts"]] == [
         ("part-00000.parquet", 10),
         ("part-00001.parquet", 10),
@@ -106,7 +110,7 @@ def test_samples_of_a_row_are_never_split_between_parts(tmp_path: Path) -> None:
     with open_folder(tmp_path) as output, CompletionWriter(output, part_rows=4) as completions:
         completions.write(outcomes_of(range(5), num_samples=3))
         completions.finish(5)
-        assert completions.counts == RowCounts(succeeded=4, failed=1)
+        assert completions.counts == RowCounts(4, 1, 0, {"empty_prompt": 1}, prompt_tokens=25, completion_tokens=36)
     sizes = [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "completions").iterdir())]
     assert sizes == [6, 6, 3]
 

@@ -227,7 +227,7 @@ def test_a_record_damaged_in_the_middle_is_made_again(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"failed":1', b'"failed":3', 1))
     with open_folder(tmp_path / "run") as folder:
-        assert folder.counts == RowCounts(succeeded=10, failed=2)
+        assert folder.counts == RowCounts(10, 2, 0, {"empty_prompt": 2}, prompt_tokens=60, completion_tokens=30)
     assert sorted(path.read_bytes().splitlines()) == sorted(data.splitlines())
 
 

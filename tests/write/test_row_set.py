@@ -53,4 +53,10 @@ def test_a_row_is_counted_once_and_by_its_worst_sample() -> None:
     ]
     rows, counts = summarize(to_batch(outcomes, SCHEMA))
     assert rows.tolist() == [0, 1, 2, 3]
-    assert counts == RowCounts(succeeded=1, failed=2, canceled=1) and counts.total == 4
+    assert counts == RowCounts(1, 2, 1, {"empty_prompt": 2}, prompt_tokens=20, completion_tokens=12)
+    assert counts.total == 4
+
+
+def test_counts_add_up() -> None:
+    one, other = RowCounts(1, 2, 0, {"a": 1, "b": 1}, 5, 6), RowCounts(3, 1, 1, {"b": 1}, 1, 2)
+    assert one + other == RowCounts(4, 3, 1, {"a": 1, "b": 2}, 6, 8)

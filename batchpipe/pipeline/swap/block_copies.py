@@ -21,7 +21,6 @@ from batchpipe.pipeline.swap.copy_engine import Fault
 from batchpipe.pipeline.swap.step_transfers import StepTransfers
 from batchpipe.types import Int32Array
 
-
 # A GPU's copy engine takes longer to be told of a smaller piece than to copy it.
 _LARGE_PIECE_BYTES = 1 << 20
 
@@ -118,7 +117,8 @@ def copy_pieces(targets: Tensor, to: Int32Array, sources: Tensor, of: Int32Array
     if on_gpu and targets.shape[1] < _LARGE_PIECE_BYTES:
         from batchpipe.pipeline.swap.triton_copies import copy_pieces_on_gpu
 
-        return copy_pieces_on_gpu(targets, to, sources, of)
+        copy_pieces_on_gpu(targets, to, sources, of)
+        return
     kernel = None if on_gpu else _copy_kernel()
     if kernel is None:
         for target, source in zip(to.tolist(), of.tolist(), strict=True):

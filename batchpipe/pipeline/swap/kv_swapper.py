@@ -127,7 +127,7 @@ class KvSwapper:
 
     @property
     def backend(self) -> AttentionBackend:
-        """What the step that has begun computes with. On a GPU one whose KV is all in the pool needs no look at layers."""
+        """What the step that has begun computes with. Where all its KV is in a GPU's pool, no layer is looked at."""
         moves = self._moves[self._num_computed]
         return self._captured if self._looks_at_layers(moves) else self._backend
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
-import xxhash
 from pyarrow import fs, ipc
 
 from batchpipe.errors import InputError
@@ -15,6 +14,7 @@ from batchpipe.read.columns import BATCH_ROWS, RawBatch, Wanted
 from batchpipe.read.files import InputFile, file_names
 from batchpipe.read.formats.arrow import ArrowColumns, check_once
 from batchpipe.read.formats.line_file import open_bytes
+from batchpipe.read.formats.marked_files import MarkedFiles
 from batchpipe.read.formats.promote import check_same_columns, promoted_schema
 
 _FILE_MAGIC = b"ARROW1"
@@ -38,7 +38,8 @@ class ArrowFilesReader:
         for file, found in zip(files, schemas, strict=True):
             check_same_columns(file, found.names, schema.names if exactly else names, exactly, first=files[0])
         self._names = sorted(names)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(file.fingerprint(name) for file, name in self._files))
+        self.marked = MarkedFiles(self._files)
+        self.fingerprint = self.marked.fingerprint
 
     @property
     def progress(self) -> float:

@@ -25,6 +25,8 @@ HUB_SCHEME = "hf://"
 class DatasetReader:
     """A `Reader` of one split of a `datasets` dataset, stored or streamed."""
 
+    marked = None
+
     def __init__(self, dataset: Any, name: str, fingerprint: str, num_rows: int | None, wanted: Wanted) -> None:
         self._dataset = dataset.with_format("arrow")
         self._name = name

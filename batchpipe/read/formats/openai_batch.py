@@ -52,6 +52,7 @@ class OpenAIBatchReader:
         spec = wanted.spec.model_copy(update={"id_column": ID})
         self._lines = TextReader(files, Wanted(spec, "none", frozenset([BODY])), line_rows)
         self.fingerprint: str = self._lines.fingerprint
+        self.marked = self._lines.marked
         sample = list(itertools.islice(self._first_lines(), SAMPLE_ROWS))
         if not sample:
             names = ", ".join(file_names(files))

@@ -11,12 +11,12 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from batchpipe.errors import InputError
 from batchpipe.read.columns import BATCH_ROWS, RawBatch, Wanted
 from batchpipe.read.files import InputFile, file_names
 from batchpipe.read.formats.arrow import ArrowColumns, check_once
+from batchpipe.read.formats.marked_files import MarkedFiles
 from batchpipe.read.formats.promote import check_same_columns, promoted_schema
 
 _READ_BYTES = 1 << 20  # pages are read through a buffer of this size, so that a huge row group is never held whole
@@ -41,7 +41,8 @@ class ParquetReader:
         exactly = wanted.carry == "all"
         for file, found in zip(files, schemas, strict=True):
             check_same_columns(file, found.names, schema.names if exactly else names, exactly, first=files[0])
-        self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(file.fingerprint(name) for file, name in self._files))
+        self.marked = MarkedFiles(self._files)
+        self.fingerprint = self.marked.fingerprint
 
     @property
     def progress(self) -> float:

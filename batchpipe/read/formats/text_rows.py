@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import pyarrow as pa
-import xxhash
 
 from batchpipe.read.columns import RawBatch, Wanted, check_present
 from batchpipe.read.files import InputFile, file_names
 from batchpipe.read.formats.json_columns import infer_columns
 from batchpipe.read.formats.json_lines import JsonRow
 from batchpipe.read.formats.line_file import LineFile, Parsed, open_lines
+from batchpipe.read.formats.marked_files import MarkedFiles
 from batchpipe.read.nested import root_of
 
 SAMPLE_ROWS = 1_000
@@ -45,7 +45,8 @@ class TextReader:
         self._max_row_bytes = wanted.spec.max_line_bytes
         self._total_bytes = sum(file.size_bytes for file in files)
         self._consumed_bytes = 0
-        self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(file.fingerprint(name) for file, name in self._files))
+        self.marked = MarkedFiles(self._files)
+        self.fingerprint = self.marked.fingerprint
         for file in files:
             with open_lines(file):  # opening checks the first bytes
                 pass

@@ -1,9 +1,6 @@
-"""Runs a stage's model over a step: from the step's arrays and hidden states to hidden states or logits."""
+"""The model runner of a GPU: nothing of a step is looked at on the host, and small steps run as graphs."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,64 +8,10 @@ from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend, AttentionInputs
 from batchpipe.attention.device_inputs import CHUNK_TOKENS, DeviceInputs, DeviceStepInputs, Padding
-from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
-from batchpipe.model.load import StageModel
-from batchpipe.pipeline.step_graphs import StepGraphs, most_padded, padding_of
+from batchpipe.pipeline.model_runner.base import StagePart
+from batchpipe.pipeline.model_runner.graphs import StepGraphs, most_padded, padding_of
 from batchpipe.types import Int32Array, Step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagePart:
-    """The model of one stage, and what its steps look like at most."""
-
-    model: StageModel
-    first_layer: int
-    is_first: bool
-    is_last: bool
-    max_step_tokens: int
-    max_batch_sequences: int
-
-
-class ModelRunner(Protocol):
-    def run(
-        self,
-        step: Step,
-        hidden: Tensor | None,
-        backend: AttentionBackend,
-        staging_slots: Int32Array | None,
-        sampled_before: Tensor | None,
-    ) -> Tensor:
-        """hidden [T, hidden_size], None on the first stage -> the same, or logits [N, V] on the last one.
-
-        staging_slots: see `AttentionInputs`. sampled_before [max_batch_sequences]: the tokens that the step before
-        sampled, on the device, where some of the step's `token_ids` stand for them; None where none does.
-        """
-        ...
-
-
-class CpuRunner:
-    """See `ModelRunner`. Also for backends that read a step's indices on the host while the model is on a GPU."""
-
-    def __init__(self, part: StagePart, pool: KvPool) -> None:
-        self._part = part
-        self._inputs = StepInputs(pool, first_layer=part.first_layer, max_step_tokens=part.max_step_tokens)
-
-    def run(
-        self,
-        step: Step,
-        hidden: Tensor | None,
-        backend: AttentionBackend,
-        staging_slots: Int32Array | None,
-        sampled_before: Tensor | None,
-    ) -> Tensor:
-        assert sampled_before is None, "the tokens of the step before are known by then"
-        inputs = self._inputs.fill(
-            step.query_lengths, step.context_lengths, step.block_tables, backend=backend, staging_slots=staging_slots
-        )
-        source = self._inputs.device_token_ids(step.token_ids) if hidden is None else hidden
-        rows = self._inputs.device_logit_rows(inputs, step.samples) if self._part.is_last else None
-        return self._part.model.forward(inputs, source, self._inputs.device_positions(inputs), rows)
 
 
 class GpuRunner:

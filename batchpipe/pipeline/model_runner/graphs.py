@@ -95,7 +95,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        # Other threads go on copying KV meanwhile. `torch.cuda.graph` would collect garbage and give cached memory back.
+        # Other threads go on copying KV. `torch.cuda.graph` would collect garbage and give cached memory back.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:

@@ -1,4 +1,4 @@
-"""What fits a GPU's memory beside the weights: the largest step, tried before KV is sized, and steps that turn out not to.
+"""What fits a GPU's memory beside the weights: the largest step, tried before KV is sized, and steps as they come.
 
 The allocator's fragments, libraries' workspaces and other programs on the card are never known exactly. So a step that
 runs out of memory is run again in parts, and so is every later one that is as large.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchpipe.attention.base import AttentionBackend, AttentionInputs, AttentionOptions
 from batchpipe.errors import MemoryLimitError
-from batchpipe.pipeline.model_runner import ModelRunner, StagePart
+from batchpipe.pipeline.model_runner.base import ModelRunner, StagePart
 from batchpipe.types import Int32Array, Step
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def _peak_bytes(
 
 
 class FittingRunner:
-    """See `ModelRunner`: runs steps of up to `max_tokens` new tokens as a whole, others in parts one after the other."""
+    """See `ModelRunner`: runs steps of up to `max_tokens` new tokens as a whole, others part by part."""
 
     def __init__(self, runner: ModelRunner, max_tokens: int) -> None:
         self._runner = runner
@@ -118,8 +118,8 @@ class FittingRunner:
             self._shrink(len(step.token_ids), said)
         if step.transfers is not None:
             raise MemoryLimitError(
-                f"engine.max_step_tokens: a step of {len(step.token_ids)} tokens does not fit the GPU's memory, and with "
-                f"kv_host_memory steps are not run in parts; set it to {self._max_tokens} or less, or lower "
+                f"engine.max_step_tokens: a step of {len(step.token_ids)} tokens does not fit the GPU's memory, and "
+                f"with kv_host_memory steps are not run in parts; set it to {self._max_tokens} or less, or lower "
                 "engine.kv_device_memory"
             )
         outputs = []
