@@ -77,10 +77,10 @@ def describe_status(status: Mapping[str, Any]) -> str:
     lines = [f"{status['path']}: {state}", rows]
     if codes := status["failed_by_code"]:
         lines.append(f"  failed: {codes_line(codes)}")
-    lines.append(f"  {status['prompt_tokens']:,} tokens in, {status['completion_tokens']:,} out")
+    lines.append(f"  their tokens: {status['prompt_tokens']:,} in, {status['completion_tokens']:,} out")
     if status["output_tokens_per_second"] is not None:
         left = status["seconds_left"]
-        lines[-1] += f"; {status['output_tokens_per_second']:,.0f} out/s"
+        lines[-1] += f"; now {status['output_tokens_per_second']:,.0f} out/s"
         lines[-1] += "" if left is None else f", {timedelta(seconds=round(left))} left"
     lines.append(
         f"  {status['rows_committed']:,} of them in {status['parts']:,} parts, {status['bytes'] / 2**20:,.1f} MiB"

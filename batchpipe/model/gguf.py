@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -15,8 +14,7 @@ from batchpipe.errors import ModelError
 from batchpipe.job.cache_folder import cache_folders
 from batchpipe.model.checkpoint import fingerprint
 from batchpipe.model.quiet import quiet_transformers
-
-logger = logging.getLogger(__name__)
+from batchpipe.report.lines import say
 
 
 def convert_gguf(path: Path, dtype: str) -> tuple[Path, str]:
@@ -31,7 +29,7 @@ def convert_gguf(path: Path, dtype: str) -> tuple[Path, str]:
     folder = models / f"{_slug(path.stem)}-{revision}-{dtype}"
     with FileLock(models / f"{folder.name}.lock"):
         if not folder.is_dir():
-            logger.info("converting %s to safetensors in %s; this is done once", path, folder)
+            say(f"converting {path} to safetensors in {folder}; this is done once")
             workspace = Path(tempfile.mkdtemp(dir=models, prefix=f"{folder.name}."))
             try:
                 _convert(path, dtype, workspace)

@@ -33,8 +33,8 @@ def end_lines(counts: RowCounts, *, is_complete: bool) -> list[str]:
     if is_complete and not counts.total:
         lines.append("the input holds no rows; the output is an empty table")
     if counts.failed:
+        codes = codes_line(counts.failed_by_code)
         lines.append(
-            f"{counts.failed:,} rows failed: {codes_line(counts.failed_by_code)}; error_message says why, and "
-            "once that is mended --retry-failed runs them again"
+            f"failed rows: {codes}; error_message says why, and --retry-failed runs them again once it is mended"
         )
     return lines

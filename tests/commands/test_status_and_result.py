@@ -78,7 +78,7 @@ def test_a_run_that_was_killed_says_what_its_log_holds_and_how_many_rows_there_a
         f"{tmp_path}: not finished, and no process is at work; `batchpipe run` goes on",
         "  8 of about 16 (50.0%) rows done: 6 succeeded, 2 failed",
         "  failed: 2 empty_prompt",
-        "  40 tokens in, 18 out",
+        "  their tokens: 40 in, 18 out",
         "  0 of them in 0 parts, 0.0 MiB",
     ]
 
@@ -98,7 +98,7 @@ def test_status_of_a_run_at_work_has_its_speed_and_the_time_left(tmp_path: Path)
         note.tick()
         status = status_of(tmp_path)
         assert (status["rows_total"], status["output_tokens_per_second"], status["seconds_left"]) == (32, 12.0, 15.0)
-        assert "12 out/s, 0:00:15 left" in describe_status(status)
+        assert "; now 12 out/s, 0:00:15 left" in describe_status(status)
 
 
 def test_a_part_that_is_gone_or_changed_is_named(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def test_a_run_says_what_runs_where_and_which_rows_failed(
     assert start.startswith(f"{tiny_model('llama')} (float32) on ")
     assert start.endswith(f"; writing to {tmp_path / 'output'}")
     assert re.fullmatch(r"ready after \d+\.\d s, with KV for 1,024 tokens", ready)
-    assert end.startswith("3 rows failed: 2 missing_prompt, 1 invalid_json; error_message says why")
+    assert end.startswith("failed rows: 2 missing_prompt, 1 invalid_json; error_message says why")
     assert "was moved to" not in caplog.text
     run_job(job, fresh=True, open_pipelines=open_fake)
     (moved,) = tmp_path.glob("output.old-*")
