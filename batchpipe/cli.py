@@ -195,6 +195,16 @@ def export(folder: str, form: str, output: Path | None) -> None:
 
 
 @main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--output", type=_PATH, help="The page's file; by default DIR/_report.html.")
+def report(folder: str, output: Path | None) -> None:
+    """Write a page about the completions and runs of DIR: counts, lengths, errors, speed and memory over time."""
+    from batchpipe.commands.report import report_command
+
+    click.echo(_json(report_command(folder, output)))
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of a job file."""
     from batchpipe.job import job_schema

@@ -54,7 +54,7 @@ def status_of(path: str | Path) -> dict[str, Any]:
         "parts": len(records),
         "parts_missing": missing,
         "bytes": sum(record.num_bytes for record in records),
-        "last_run": runs[-1] if runs else None,
+        "last_run": {key: value for key, value in runs[-1].items() if key != "timeline"} if runs else None,
     }
 
 

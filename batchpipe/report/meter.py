@@ -35,6 +35,11 @@ class Meter:
             self._device_to_host_bytes += use.stored_bytes
             self._stall_seconds += use.stall_seconds
 
+    @property
+    def busy_seconds(self) -> float:
+        """In which stages computed, over all of them."""
+        return float(self._stage_seconds.sum())
+
     def add_outcomes(self, outcomes: Sequence[Outcome]) -> None:
         """Compares the predicted completion length with the real one, for each sample."""
         for outcome in outcomes:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchpipe.errors import OutputError
+from batchpipe.report.timeline import Sample
 from batchpipe.write.place import Place
 
 FILE_NAME = "_metrics.parquet"
@@ -26,7 +27,7 @@ class RunMetrics:
     computed, for all stages of the first replica, then of the next. Blocks are summed over replicas. Bytes between host
     and device, and the `stall_seconds` in which computing waited for KV, are summed over all stages. `reused_tokens`
     are prompt tokens with KV taken from another prompt with the same prefix. `kv_faults` counts the times that KV of a
-    sequence came back from the host with a wrong checksum.
+    sequence came back from the host with a wrong checksum. `timeline` are samples over `generate_seconds`.
     """
 
     run_id: str
@@ -65,6 +66,7 @@ class RunMetrics:
     predictor_mean_absolute_error_tokens: float | None
     predictor_sum_error: float | None
     planner_seconds: float
+    timeline: tuple[Sample, ...]
 
     def __post_init__(self) -> None:
         accounted = self.rows_succeeded + self.rows_failed + self.rows_canceled
@@ -81,13 +83,18 @@ _ARROW_TYPES = {
     "tuple[str, ...]": pa.list_(pa.string()),
     "tuple[float, ...]": pa.list_(pa.float64()),
     "Mapping[str, str]": pa.map_(pa.string(), pa.string()),
+    "tuple[Sample, ...]": pa.list_(
+        pa.struct(
+            [(field.name, pa.float64() if str(field.type) == "float" else pa.int64()) for field in fields(Sample)]
+        )
+    ),
 }
 METRICS_SCHEMA = pa.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(RunMetrics)])
 _TIMES = [field.name for field in METRICS_SCHEMA if pa.types.is_timestamp(field.type)]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Columns that the first version of the file lacks; they are null in its rows.
-_ADDED = {"reused_tokens", "kv_faults"}
+_ADDED = {"reused_tokens", "kv_faults", "timeline"}
 
 
 def append_metrics(folder: Place, metrics: RunMetrics) -> None:

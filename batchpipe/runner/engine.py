@@ -60,10 +60,13 @@ class Engine:
         return 0.0 if self._forecaster is None else self._forecaster.rows_under_way()
 
     @property
+    def num_waiting(self) -> int:
+        return len(self._line) + sum(replica.scheduler.num_waiting for replica in self.replicas)
+
+    @property
     def room(self) -> int:
         """The number of requests to add, so that enough wait."""
-        num_waiting = len(self._line) + sum(replica.scheduler.num_waiting for replica in self.replicas)
-        return max(0, self._window - num_waiting)
+        return max(0, self._window - self.num_waiting)
 
     def add(self, requests: Iterable[Request]) -> None:
         self._line.extend(requests if self._forecaster is None else self._forecaster.classified(list(requests)))

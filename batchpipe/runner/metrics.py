@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import batchpipe
 from batchpipe.report.metrics import RunMetrics
+from batchpipe.report.timeline import Sample
 from batchpipe.write.row_set import RowCounts
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class Account:
         self._loaded_seconds = perf_counter()
         return self._loaded_seconds - self._started_seconds
 
-    def metrics(self, prepared: Prepared, engine: Engine, counts: RowCounts) -> RunMetrics:
+    def metrics(
+        self, prepared: Prepared, engine: Engine, counts: RowCounts, timeline: tuple[Sample, ...]
+    ) -> RunMetrics:
         now_seconds = perf_counter()
         generate_seconds = now_seconds - self._loaded_seconds
         schedulers = [replica.scheduler for replica in engine.replicas]
@@ -64,4 +67,5 @@ class Account:
             peak_host_blocks=sum(scheduler.peak_host_blocks for scheduler in schedulers),
             kv_faults=sum(scheduler.num_corrupt for scheduler in schedulers),
             planner_seconds=sum(replica.planner_seconds for replica in engine.replicas),
+            timeline=timeline,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,13 @@ def exit_code(counts: RowCounts) -> int:
     return _SOME_ROWS_FAILED if counts.failed else 0
 
 
+class Page(str):
+    """A whole HTML page, shown by a notebook in a frame of its own."""
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{escape(self)}" style="width:100%;height:720px;border:0"></iframe>'
+
+
 @dataclass(frozen=True, repr=False)
 class Result:
     """An output folder, the metrics of its last run (keys as in _metrics.parquet), and the exit code of the command."""
@@ -62,6 +70,13 @@ class Result:
     def summary(self) -> dict[str, Any]:
         """The closing JSON line of the command."""
         return {"output": str(self.path), **{key: self.metrics[key] for key in _SUMMARY_KEYS}}
+
+    def report(self) -> Page:
+        """The output's report, shown by a notebook; `str` of it is the page's HTML. Raises OutputError."""
+        from batchpipe.export.page.facts import gather
+        from batchpipe.export.page.page import render
+
+        return Page(render(gather(self.place)))
 
     def table(self) -> pa.Table:
         """All completions so far, in the order of the input. Raises OutputError if there are none yet."""

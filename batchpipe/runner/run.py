@@ -17,6 +17,7 @@ from batchpipe.report.lines import say
 from batchpipe.report.metrics import append_metrics
 from batchpipe.report.note import NoteWriter
 from batchpipe.report.progress import Progress, Reading
+from batchpipe.report.timeline import Sample, Timeline
 from batchpipe.runner.engine import Engine
 from batchpipe.runner.gc_tuning import calm_collector
 from batchpipe.runner.interrupt import Interrupt
@@ -70,6 +71,7 @@ def run_rows(prepared: Prepared, folder: OutputFolder, account: Account, open_pi
         reading = partial(_reading, prepared, engine, writer)
         note = stack.enter_context(NoteWriter(folder.state, partial(_rows_total, prepared), reading))
         progress = stack.enter_context(Progress(prepared.source.num_rows(), reading))
+        timeline, sample = Timeline(), partial(_sample, engine, writer)
         stop: str | None = None
         while stop is None and not (engine.idle and ahead.exhausted):
             items = ahead.take(engine.room, block=engine.idle)
@@ -80,8 +82,9 @@ def run_rows(prepared: Prepared, folder: OutputFolder, account: Account, open_pi
             writer.write(outcomes)
             progress.tick()
             note.tick()
+            timeline.tick(sample)
             stop = interrupt.requested or _too_many_failed(prepared, writer.counts)
-        metrics = account.metrics(prepared, engine, writer.counts)
+        metrics = account.metrics(prepared, engine, writer.counts, timeline.ended(sample))
         append_metrics(folder.place, metrics)
         if stop is None:
             writer.finish(prepared.source.rows_seen)
@@ -117,6 +120,21 @@ def _reading(prepared: Prepared, engine: Engine, writer: CompletionWriter) -> Re
     fraction = (counts.total + engine.rows_under_way) / max(prepared.estimated_rows(), 1.0)
     tokens = engine.meter.prompt_tokens, engine.meter.output_tokens
     return Reading(counts.total, counts.failed, *tokens, min(fraction, 1.0))
+
+
+def _sample(engine: Engine, writer: CompletionWriter, seconds: float) -> Sample:
+    schedulers = [replica.scheduler for replica in engine.replicas]
+    return Sample(
+        seconds=seconds,
+        rows=writer.counts.total,
+        prompt_tokens=engine.meter.prompt_tokens,
+        output_tokens=engine.meter.output_tokens,
+        running=sum(scheduler.num_running for scheduler in schedulers),
+        waiting=engine.num_waiting,
+        device_blocks=sum(scheduler.num_device_blocks for scheduler in schedulers),
+        host_blocks=sum(scheduler.num_host_blocks for scheduler in schedulers),
+        busy_seconds=engine.meter.busy_seconds,
+    )
 
 
 def _rows_total(prepared: Prepared) -> tuple[int, bool]:

@@ -123,6 +123,15 @@ class Scheduler:
         return self._running_set.num_reused_tokens
 
     @property
+    def num_device_blocks(self) -> int:
+        """In use."""
+        return self.swap.device_cache.num_used if self.swap else self.ledger.num_used
+
+    @property
+    def num_host_blocks(self) -> int:
+        return self.ledger.num_used if self.swap else 0
+
+    @property
     def peak_device_blocks(self) -> int:
         return (self.swap.device_cache if self.swap else self.ledger).peak_used_blocks
 

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 
 from batchpipe.report.metrics import RunMetrics
+from batchpipe.report.timeline import Sample
 
 RUN_METRICS = RunMetrics(
     run_id="run-1",
@@ -41,4 +42,28 @@ RUN_METRICS = RunMetrics(
     predictor_mean_absolute_error_tokens=None,
     predictor_sum_error=None,
     planner_seconds=0.1,
+    timeline=(
+        Sample(
+            seconds=0.0,
+            rows=0,
+            prompt_tokens=0,
+            output_tokens=0,
+            running=0,
+            waiting=10,
+            device_blocks=0,
+            host_blocks=0,
+            busy_seconds=0.0,
+        ),
+        Sample(
+            seconds=8.0,
+            rows=10,
+            prompt_tokens=100,
+            output_tokens=160,
+            running=4,
+            waiting=0,
+            device_blocks=30,
+            host_blocks=40,
+            busy_seconds=6.5,
+        ),
+    ),
 )

@@ -29,6 +29,7 @@ def test_columns_are_those_of_the_contract() -> None:
         *("peak_device_blocks", "peak_host_blocks"),
         *("host_to_device_bytes", "device_to_host_bytes", "stall_seconds", "kv_faults"),
         *("predictor_mean_absolute_error_tokens", "predictor_sum_error", "planner_seconds"),
+        "timeline",
     ]
 
 
