@@ -1,8 +1,8 @@
 """A job's identity: the part of the resolved job that changes the output, and nothing about how it is run.
 
-The sections `predict`, `plan` and `engine` are left out, and so are `name`, `input.path` (the input's fingerprint
-identifies its files, wherever they are) and all of `output` but what decides its columns. So a job can be continued on
-another machine and with parts of another size.
+The sections `predict`, `plan`, `engine` and `run` are left out, and so are `name`, `input.path` (the input's
+fingerprint identifies its files, wherever they are) and all of `output` but what decides its columns. So a job can be
+continued on another machine and with parts of another size.
 """
 
 from __future__ import annotations

@@ -199,6 +199,14 @@ class OutputSpec(v.Section):
     ] = 1.0
 
 
+class RunSpec(v.Section):
+    """What a run leaves beside its completions."""
+
+    trace: Annotated[
+        bool, v.about("Write every step to _steps-N.parquet, and to _trace-N.json for ui.perfetto.dev.")
+    ] = False
+
+
 class Job(v.Section):
     """A batchpipe job: rows in, completions out."""
 
@@ -210,4 +218,5 @@ class Job(v.Section):
     predict: PredictSpec = PredictSpec()
     plan: PlanSpec = PlanSpec()
     engine: EngineSpec = EngineSpec()
+    run: RunSpec = RunSpec()
     output: OutputSpec

@@ -9,6 +9,7 @@ from batchpipe.cost.model import CostModel
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.predict.base import LengthPredictor
 from batchpipe.report.meter import Meter
+from batchpipe.report.trace import StepTrace
 from batchpipe.runner.length_updates import LengthUpdates
 from batchpipe.runner.replica import Replica
 from batchpipe.scheduler.sequence import StopMatcher
@@ -31,11 +32,12 @@ class Engine:
         matcher_of: Callable[[Request], StopMatcher | None],
         predictor: LengthPredictor | None = None,
         cost: CostModel | None = None,
+        trace: StepTrace | None = None,
     ) -> None:
         assert pipelines
         self.meter = Meter(pipelines[0].capacity.num_stages, len(pipelines))
         self.replicas = [
-            Replica(index, pipeline, self.meter, schedule, eos_token_ids, matcher_of, cost)
+            Replica(index, pipeline, self.meter, schedule, eos_token_ids, matcher_of, cost, trace)
             for index, pipeline in enumerate(pipelines)
         ]
         self._forecaster = (

@@ -12,6 +12,7 @@ from batchpipe.cost.online import OnlineCost
 from batchpipe.errors import WorkerError
 from batchpipe.pipeline.base import Pipeline
 from batchpipe.report.meter import Meter
+from batchpipe.report.trace import StepTrace
 from batchpipe.sample.rng import stream_of
 from batchpipe.scheduler.scheduler import Scheduler
 from batchpipe.scheduler.sequence import StopMatcher
@@ -32,6 +33,7 @@ class Replica:
         eos_token_ids: frozenset[int],
         matcher_of: Callable[[Request], StopMatcher | None],
         cost: CostModel | None = None,
+        trace: StepTrace | None = None,
     ) -> None:
         capacity = pipeline.capacity
         self.scheduler = Scheduler(capacity, schedule, eos_token_ids, stream_of, matcher_of, cost)
@@ -40,6 +42,7 @@ class Replica:
         self._index = index
         self._pipeline = pipeline
         self._meter = meter
+        self._trace = trace
         self._online_cost = cost if isinstance(cost, OnlineCost) else None
         self._works: deque[StepWork] = deque()  # of the steps in flight, if a cost model learns from them
         self._num_new_prompt_tokens = 0
@@ -70,6 +73,8 @@ class Replica:
             except WorkerError as error:
                 self._restart(error)
                 continue
+            if self._trace is not None:
+                self._trace.submitted(self._index, step)
             if self._online_cost is not None:
                 self._works.append(StepWork.of_step(step))
             first_time = (start for start in step.started if not start.generated_token_ids)
@@ -112,6 +117,8 @@ class Replica:
         self.planner_seconds += perf_counter() - started
         self._meter.add_step(result, self._num_new_prompt_tokens, len(result.token_ids), self._index)
         self._num_new_prompt_tokens = 0
+        if self._trace is not None:
+            self._trace.ended(self._index, result, self.scheduler)
 
     def _restart(self, error: WorkerError) -> None:
         """The controller holds every token, so only KV is lost. A second loss is taken for a fault, and raised."""
@@ -120,5 +127,7 @@ class Replica:
         self._restarted = True
         logger.warning("%s; starting the pipeline again, rows in flight are computed anew", error)
         self._works.clear()
+        if self._trace is not None:
+            self._trace.forget(self._index)
         self._pipeline.restart()
         self.scheduler.requeue_all()

@@ -18,6 +18,7 @@ from batchpipe.report.metrics import append_metrics
 from batchpipe.report.note import NoteWriter
 from batchpipe.report.progress import Progress, Reading
 from batchpipe.report.timeline import Sample, Timeline
+from batchpipe.report.trace import StepTrace
 from batchpipe.runner.engine import Engine
 from batchpipe.runner.gc_tuning import calm_collector
 from batchpipe.runner.interrupt import Interrupt
@@ -67,7 +68,12 @@ def run_rows(prepared: Prepared, folder: OutputFolder, account: Account, open_pi
         stack.enter_context(calm_collector())
         say(loaded_line(account.loaded(), pipelines[0].capacity, len(pipelines)))
         writer = stack.enter_context(CompletionWriter(folder, prepared.job.output.part_rows))
-        engine = Engine(pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost)
+        trace = None
+        if prepared.job.run.trace:
+            trace = stack.enter_context(StepTrace(folder.place, len(pipelines), pipelines[0].capacity.num_stages))
+        engine = Engine(
+            pipelines, prepared.schedule, prepared.eos_token_ids, prepared.matcher_of, predictor, cost, trace
+        )
         reading = partial(_reading, prepared, engine, writer)
         note = stack.enter_context(NoteWriter(folder.state, partial(_rows_total, prepared), reading))
         progress = stack.enter_context(Progress(prepared.source.num_rows(), reading))
