@@ -19,7 +19,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     if name == "reference":
         return ReferenceAttention()
     if name == "triton" or (name == "auto" and device.type == "cuda"):
-        return _triton_attention(device)
+        return _triton_attention()
     if device.type != "cpu":
         return ReferenceAttention()
     if not CpuAttention.supports(dtype, head_dim):
@@ -28,10 +28,10 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     return CpuAttention.open() or ReferenceAttention()
 
 
-def _triton_attention(device: torch.device) -> AttentionBackend:
+def _triton_attention() -> AttentionBackend:
     try:
         from batchpipe.attention.triton_attention import TritonAttention
     except ImportError as error:
         logger.warning("no Triton here (%s): attention on the GPU is very slow", error)
         return ReferenceAttention()
-    return TritonAttention(device)
+    return TritonAttention()

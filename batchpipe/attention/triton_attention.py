@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -28,9 +30,6 @@ class TritonAttention:
 
     name = "triton"
     default_block_tokens = 16
-
-    def __init__(self, device: torch.device) -> None:
-        self._has_large_tiles = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in _LARGE
 
     def forward(
         self, inputs: AttentionInputs, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
@@ -95,7 +94,7 @@ class TritonAttention:
         _, num_heads, head_dim = query.shape
         group = num_heads // pool.num_kv_heads
         wide = query.dtype == torch.float32 or head_dim > 128
-        heads = min(triton.next_power_of_2(group), 1 if wide else 4 if self._has_large_tiles else 2)
+        heads = min(triton.next_power_of_2(group), 1 if wide else 4 if _has_large_tiles(query.device) else 2)
         rows = TILE_QUERIES * heads
         num_parts = -(-group // heads)
         prefill_kernel[(pool.num_kv_heads * num_parts, len(at.tile_sequences))](
@@ -108,6 +107,11 @@ class TritonAttention:
             HAS_SINKS=options.sinks is not None, EXACT=query.dtype == torch.float32,
             num_warps=8 if rows > 128 else 4, num_stages=2,
         )  # fmt: skip
+
+
+@functools.cache
+def _has_large_tiles(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in _LARGE
 
 
 def _room(num_items: int, num_heads: int, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def _attention(
     )
     new, context = (np.full(num_sequences, number, np.int32) for number in (num_new, num_context))
     at = step_inputs.fill(np.zeros(num_tokens, np.int32), new, context, tables, np.ones(num_sequences, np.bool_))
-    backend = TritonAttention(pool.device)
+    backend = TritonAttention()
     inputs = AttentionInputs.of_device(at, pool, backend, 0)
     query = torch.randn(num_tokens, num_heads, head_dim, device=pool.device, dtype=torch.bfloat16)
     options = AttentionOptions(head_dim**-0.5)

@@ -18,7 +18,7 @@ from batchpipe.pipeline.model_runner.graphs import padding_of
 from tests.attention.exact_attention import exact_attention
 from tests.attention.paged_cases import PagedCase, attend_in_chunks
 
-BACKEND = TritonAttention(DEVICE)
+BACKEND = TritonAttention()
 CHUNK_TOKENS = 64  # in these tests: the interpreter is slow
 
 

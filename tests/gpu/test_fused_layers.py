@@ -42,7 +42,7 @@ def logits(stage: StageModel, folder: Path, dtype: torch.dtype, *, by_triton: bo
         step_inputs = DeviceStepInputs(DEVICE, 16, max_tokens=64, max_sequences=4, tile_queries=TILE_QUERIES)
         no_tokens, samples = np.zeros(num_tokens, np.int32), np.ones(2, np.bool_)
         at = step_inputs.fill(no_tokens, LENGTHS, 0 * LENGTHS, TABLES, samples)
-        inputs = AttentionInputs.of_device(at, pool, TritonAttention(DEVICE), 0)
+        inputs = AttentionInputs.of_device(at, pool, TritonAttention(), 0)
     else:
         inputs = StepInputs(pool).fill(LENGTHS, 0 * LENGTHS, TABLES, backend=ReferenceAttention())
     output: Tensor = stage(inputs, token_ids, positions, torch.arange(num_tokens, device=DEVICE))
