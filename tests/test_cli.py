@@ -54,7 +54,7 @@ def test_python_m_is_the_command(module: str) -> None:
 
 def test_commands_are_these() -> None:
     assert sorted(main.commands) == [
-        *("doctor", "export", "plan", "predictor", "profile", "run", "schema", "status", "validate"),
+        *("doctor", "export", "plan", "predictor", "profile", "report", "run", "schema", "status", "validate"),
     ]
     predictor = main.commands["predictor"]
     assert isinstance(predictor, click.Group) and sorted(predictor.commands) == ["evaluate", "train"]

@@ -42,10 +42,10 @@ def check(case: PagedCase, chunk_tokens: int) -> None:
         assert excess <= 1, f"{excess} times the rounding error that is possible"
 
 
-@settings(max_examples=200 if DEVICE.type == "cuda" else 8)
+@settings(max_examples=200 if DEVICE.type == "cuda" else 6)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=2),
-    group=st.sampled_from([1, 2, 3, 4, 7, 8, 16]),
+    lengths=st.lists(st.integers(1, 60 if DEVICE.type == "cuda" else 14), min_size=1, max_size=2),
+    group=st.sampled_from([1, 2, 3, 4, 7, 8]),
     block_tokens=st.sampled_from([1, 3, 16, 64]),
     num_kv_heads=st.integers(1, 2),
     head_dim=st.sampled_from([16, 48, 64, 80, 96, 128, 256]),
@@ -53,7 +53,7 @@ def check(case: PagedCase, chunk_tokens: int) -> None:
     sliding_window=st.none() | st.integers(1, 50),
     softcap=st.none() | st.floats(1, 50),
     sinks=st.booleans(),
-    chunk_tokens=st.sampled_from([20, 100]),
+    chunk_tokens=st.sampled_from([6, 100]),
 )
 def test_any_step_is_exact_but_for_rounding(chunk_tokens: int, **shape: object) -> None:
     check(PagedCase.make(**shape), chunk_tokens)  # type: ignore[arg-type]
