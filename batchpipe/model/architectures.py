@@ -24,6 +24,7 @@ SUPPORTED = (
     "gpt_oss",
     "granite",
     "granitemoe",
+    "granitemoehybrid",
     "hunyuan_v1_dense",
     "llama",
     "ministral3",
@@ -44,7 +45,9 @@ SUPPORTED = (
     "starcoder2",
 )
 
-_RUNNING_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_RUNNING_LAYER_TYPES = {"attention", "full_attention", "sliding_attention"}
+# Of layers that a model may have; its own list of layers says whether it has any.
+_STATE_SPACE_KEYS = {"mamba_d_state", "state_size", "linear_num_value_heads"}
 # A key of config.json that gives away what the engine's paged attention cannot do.
 _TELLTALES = {
     "kv_lora_rank": "multi-head latent attention",
@@ -82,10 +85,12 @@ def check_supported(config: Mapping[str, Any], *, trust_remote_code: bool) -> No
 def _obstacle(config: Mapping[str, Any]) -> str | None:
     if config.get("is_encoder_decoder"):
         return "an encoder"
+    layer_types = set(config.get("layer_types") or ())
+    has_attention_alone = bool(layer_types) and layer_types <= _RUNNING_LAYER_TYPES
     for key, reason in _TELLTALES.items():
-        if config.get(key):
+        if config.get(key) and not (has_attention_alone and key in _STATE_SPACE_KEYS):
             return reason
-    unknown = set(config.get("layer_types") or ()) - _RUNNING_LAYER_TYPES
+    unknown = layer_types - _RUNNING_LAYER_TYPES
     return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
 
 

@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from batchpipe.attention.base import AttentionInputs, AttentionOptions
 from batchpipe.errors import ModelError
+from batchpipe.model.architectures import SUPPORTED
+from batchpipe.model.mask_window import MaskProbe, marked_masks, probe_inputs
 from batchpipe.model.quiet import quiet_transformers
 
 ATTENTION_NAME = "batchpipe"
@@ -56,7 +58,17 @@ def load_stage(
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         raise ModelError(f"model.name: {folder} cannot be loaded: {error}") from error
     _check_complete(folder, model, report)
-    return StageModel(model.to(device).eval(), is_last=is_last)
+    model = model.to(device).eval()
+    if getattr(config, "sliding_window", None) or config.model_type not in SUPPORTED:
+        _take_windows_of_masks(model, is_first=is_first, dtype=dtype)
+    return StageModel(model, is_last=is_last)
+
+
+@torch.inference_mode()
+def _take_windows_of_masks(model: Any, *, is_first: bool, dtype: torch.dtype) -> None:
+    inputs = probe_inputs(model, is_first=is_first, device=model.device, dtype=dtype)
+    with marked_masks(ATTENTION_NAME):
+        model.base_model(**inputs, use_cache=False, attention_inputs=MaskProbe())
 
 
 def _check_complete(folder: Path, model: Any, report: dict[str, Any]) -> None:
@@ -116,17 +128,21 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    attention_inputs: AttentionInputs,
+    attention_inputs: AttentionInputs | MaskProbe,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    if isinstance(attention_inputs, MaskProbe):
+        attention_inputs.see(module, attention_mask, window)
+        return query.transpose(1, 2).contiguous(), None
     assert attention_mask is None, "packed sequences have no mask"
     assert isinstance(module.layer_idx, int)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    window = getattr(module, "mask_window", window)
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     layer = module.layer_idx - attention_inputs.first_layer
     options = AttentionOptions(scale, window, softcap, s_aux)

@@ -34,6 +34,7 @@ NEW_TOKENS = 24
 PROMPT_LENGTHS = (3, 21, 1, 14, 6, 40, 9, 2, 17, 11)
 NAMED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt_oss", "mixtral", "qwen3_moe",
+    "phimoe", "granitemoehybrid",
 )  # fmt: skip
 
 
