@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers as t
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.tiny_tokenizer import build_tiny_tokenizer
 
@@ -37,6 +38,10 @@ _SHARED: dict[str, Any] = {
 
 def _config(config_class: type, **own: Any) -> Callable[[], Any]:
     return lambda: config_class(**{**_SHARED, **own})
+
+
+def _of_type(model_type: str, **own: Any) -> Callable[[], Any]:
+    return _config(CONFIG_MAPPING[model_type], **own)
 
 
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -128,13 +133,138 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "starcoder2": _config(t.Starcoder2Config, sliding_window=8),
 }
 
+# Looked at less often: their structure is that of others.
+MORE_ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "afmoe": _of_type(
+        "afmoe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=16,
+        sliding_window=8,
+        num_shared_experts=1,
+        layer_types=[_SLIDING, _FULL] * 2,
+    ),
+    "aria_text": _of_type("aria_text", moe_num_experts=4, moe_topk=2, head_dim=16, moe_num_shared_experts=1),
+    "bitnet": _of_type(
+        "bitnet",
+    ),
+    "cohere2_moe": _of_type(
+        "cohere2_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        head_dim=16,
+        sliding_window=8,
+        num_shared_experts=1,
+        layer_types=[_SLIDING, _FULL] * 2,
+    ),
+    "dots1": _of_type(
+        "dots1",
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        sliding_window=8,
+        max_window_layers=2,
+    ),
+    "ernie4_5_moe": _of_type(
+        "ernie4_5_moe",
+        num_experts=4,
+        moe_num_experts=4,
+        num_experts_per_tok=2,
+        moe_k=2,
+        moe_intermediate_size=32,
+        moe_num_shared_experts=1,
+    ),
+    "exaone_moe": _of_type(
+        "exaone_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        sliding_window=8,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_shared_experts=1,
+        layer_types=[_SLIDING, _FULL] * 2,
+    ),
+    "flex_olmo": _of_type("flex_olmo", num_experts=4, num_local_experts=4, num_experts_per_tok=2),
+    "granite_swa": _of_type("granite_swa", sliding_window=8, layer_types=[_SLIDING, _FULL] * 2),
+    "granitemoeshared": _of_type(
+        "granitemoeshared", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32
+    ),
+    "helium": _of_type("helium", head_dim=12),
+    "hunyuan_v1_moe": _of_type("hunyuan_v1_moe", head_dim=16, num_experts=4, moe_topk=2),
+    "hy_v3": _of_type(
+        "hy_v3",
+        num_experts=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=16,
+        num_shared_experts=1,
+    ),
+    "hyperclovax": _of_type("hyperclovax", head_dim=16),
+    "internlm3": _of_type("internlm3", head_dim=16),
+    "iquestcoder": _of_type("iquestcoder", head_dim=16),
+    "jais2": _of_type("jais2", head_dim=16),
+    "kolibri1": _of_type(
+        "kolibri1",
+        num_experts=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=[_SLIDING, _FULL] * 2,
+    ),
+    "laguna": _of_type(
+        "laguna",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=[_FULL] * 4,
+    ),
+    "mellum": _of_type(
+        "mellum",
+        num_experts=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=[_FULL] * 4,
+    ),
+    "minimax_m2": _of_type("minimax_m2", num_experts=4, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+    "ministral": _of_type("ministral", head_dim=16, sliding_window=8),
+    "solar_open": _of_type(
+        "solar_open",
+        num_local_experts=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        head_dim=16,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+    ),
+    "vaultgemma": _of_type("vaultgemma", head_dim=16, sliding_window=8, layer_types=[_SLIDING, _FULL] * 2),
+}
+
 _folder = tempfile.TemporaryDirectory(prefix="tiny-models-")
 
 
 @functools.cache
 def tiny_model(architecture: str) -> Path:
     """The folder of one model and its tokenizer, made on first use and gone when the tests end. Do not change it."""
-    return save_tiny_model(ARCHITECTURES[architecture](), Path(_folder.name) / architecture)
+    configs = ARCHITECTURES | MORE_ARCHITECTURES
+    return save_tiny_model(configs[architecture](), Path(_folder.name) / architecture)
 
 
 def save_tiny_model(config: Any, folder: Path) -> Path:

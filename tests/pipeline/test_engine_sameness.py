@@ -27,7 +27,7 @@ from batchpipe.runner.engine import Engine
 from batchpipe.types import Capacity, Request
 from tests.scheduler.drive import run_engine
 from tests.scheduler.scheduler_cases import request, sampling
-from tests.tiny_models import ARCHITECTURES, tiny_model
+from tests.tiny_models import ARCHITECTURES, MORE_ARCHITECTURES, tiny_model
 from tests.transformers_tokens import greedy_tokens
 
 NEW_TOKENS = 24
@@ -115,6 +115,13 @@ def test_every_architecture_in_stages_and_blocks_of_any_size(architecture: str) 
     ]:
         texts, _ = generate(open_tiny(architecture, num_stages, block_tokens, num_blocks), schedule=schedule)
         assert texts == expected(architecture), (num_stages, block_tokens)
+
+
+@pytest.mark.parametrize("architecture", MORE_ARCHITECTURES)
+def test_the_others_in_one_stage_and_in_two(architecture: str) -> None:
+    for num_stages in (1, 2):
+        texts, _ = generate(open_tiny(architecture, num_stages, 16, 60))
+        assert texts == expected(architecture), num_stages
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_oss"])
