@@ -33,7 +33,7 @@ RESERVED_TEMPLATE_VARIABLES = frozenset(
     [
         *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt", "tokenize"),
         *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        *("return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs"),
+        *("return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs", "strftime_now"),
     ]
 )
 

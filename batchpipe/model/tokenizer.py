@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,9 +21,13 @@ _END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class Tokenizer:
-    """One model's tokenizer, around that of transformers."""
+    """One model's tokenizer, around that of transformers.
+
+    template_time: what a chat template that asks for the time is told; None: the time at which it asks.
+    """
 
     def __init__(self, backend: Any) -> None:
+        self.template_time: datetime | None = None
         self._backend = backend
         self._fast = getattr(backend, "backend_tokenizer", None)
         if self._fast is not None:  # a saved tokenizer may bring the truncation of its training along
@@ -67,10 +72,8 @@ class Tokenizer:
 
     def chat_template_variables(self, chat_template: str | None = None) -> frozenset[str]:
         """The names that the chat template reads and does not set itself; jinja2.TemplateSyntaxError if it is wrong."""
-        given = chat_template or self._backend.chat_template
-        templates = given.values() if isinstance(given, dict) else [given]
         names: set[str] = set()
-        for template in templates:
+        for template in self._templates(chat_template):
             environment = compiled_template(template).environment
             names |= jinja2.meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
         return frozenset(names)
@@ -100,11 +103,22 @@ class Tokenizer:
             )
             return text
 
+        # Not as a variable: transformers makes text of those.
+        for template in self._templates(chat_template):
+            compiled_template(template).environment.globals["strftime_now"] = self._strftime
         if not continue_final_message:
             return written(messages)
         *earlier, last = messages
         text = written([*earlier, {**last, "content": last["content"] + _END_MARK}])
         return _cut_at_mark(text, last["content"])
+
+    def _templates(self, chat_template: str | None) -> list[str]:
+        """That one, or all of the tokenizer's own."""
+        given = chat_template or self._backend.chat_template
+        return list(given.values()) if isinstance(given, dict) else [given]
+
+    def _strftime(self, form: str) -> str:
+        return (self.template_time or datetime.now()).strftime(form)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text. Special tokens written in a text become those tokens, as in transformers."""

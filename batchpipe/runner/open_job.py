@@ -6,6 +6,7 @@ So a job that is finished, or whose output belongs to another one, is told at on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from batchpipe.placement.devices import resolve_device
 from batchpipe.read.render import needed_columns
 from batchpipe.read.source import Source, open_source
 from batchpipe.write.folder import OutputFolder
-from batchpipe.write.open import is_begun, open_output
+from batchpipe.write.open import first_start, is_begun, open_output
 from batchpipe.write.schema import completions_schema
 
 
@@ -37,6 +38,7 @@ class OpenedJob:
     model: ResolvedModel
     device: str  # cpu or cuda
     dtype: str
+    started_at: datetime  # for the first time; a chat template that writes a date writes this one
 
     @cached_property
     def identity(self) -> Identity:
@@ -64,6 +66,7 @@ class OpenedJob:
             compare_input=None if marked is None else marked.change_since,
             fresh=fresh,
             extend=extend,
+            started_at=self.started_at,
         )
 
 
@@ -94,4 +97,5 @@ def open_job(job: Job, *, device: str | None = None, needs_weights: bool = True)
     device = device or resolve_device(job.engine)
     dtype = model_dtype(model.folder, job.model.dtype, device=device, needs_weights=needs_weights)
     job = job.model_copy(update={"sampling": job_sampling(job.sampling, model.folder)})
-    return OpenedJob(job, source, schema, model, device, dtype)
+    started_at = first_start(job.output.path) or datetime.now().astimezone()
+    return OpenedJob(job, source, schema, model, device, dtype, started_at)

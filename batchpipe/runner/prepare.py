@@ -149,6 +149,7 @@ def complete(opened: OpenedJob, *, needs_weights: bool = True, computes: bool = 
         context_tokens=job.model.max_context_tokens,
     )
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trusted)
+    tokenizer.template_time = opened.started_at
     check_vocabulary(tokenizer, info.vocabulary_size, model.folder)
     ends = with_tokenizers_end(info.eos_token_ids, *tokenizer.end_token)
     info = replace(info, eos_token_ids=tuple(token_id for token_id in ends if token_id < info.vocabulary_size))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,8 @@ def run_job(
     if fresh and (retry_failed or extend):
         raise JobError("--fresh starts over; leave it out, or leave out --retry-failed and --extend")
     opened = open_job(load_job(job, overrides))
+    if fresh:
+        opened = replace(opened, started_at=datetime.now().astimezone())
     with ExitStack() as stack:
         # An output that is there is looked at before the tokenizer is loaded; a new one is made when all else is right.
         folder = None

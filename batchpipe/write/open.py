@@ -33,6 +33,8 @@ from batchpipe.write.schema import SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
 
+STARTED = "started"  # in the state folder: a template's date is that of the job, also when it goes on tomorrow
+
 
 def open_output(
     path: str | Path,
@@ -45,6 +47,7 @@ def open_output(
     compare_input: CompareInput | None = None,
     fresh: bool = False,
     extend: bool = False,
+    started_at: datetime | None = None,
 ) -> OutputFolder:
     """Opens the folder of the job that `identity` names, creating it if needed, and recovers the rows it holds.
 
@@ -52,7 +55,7 @@ def open_output(
 
     `provenance` (versions, model, revision) goes into the footer of each part. With `fresh` an older output is moved
     to `<path>.old-<time>`. With `extend` the folder of the same job over a smaller input becomes this job's, by
-    `input_files` and what `compare_input` says of earlier ones.
+    `input_files` and what `compare_input` says of earlier ones. `started_at` is kept of the job's first start.
 
     Raises OutputError if the folder is in use, belongs to another job or to something else
     than batchpipe, cannot be written, or has lost or doubled committed rows.
@@ -65,6 +68,8 @@ def open_output(
         check_columns = partial(_check_columns, place, schema)
         owner = claim(place, identity, input_files, compare_input, check_columns if extend else None)
         place.write(f"{STATE}/job.yaml", job_yaml.encode())
+        if place.size_bytes(f"{STATE}/{STARTED}") is None:
+            place.write(f"{STATE}/{STARTED}", (started_at or datetime.now().astimezone()).isoformat().encode())
         folder = OutputFolder(place, lock, owner, schema.with_metadata(metadata))
         _recover(folder)
     except BaseException:
@@ -76,6 +81,18 @@ def open_output(
 def is_begun(path: str | Path) -> bool:
     """Whether a run has begun to write there, of whatever job."""
     return open_place(path).size_bytes(f"{STATE}/identity.json") is not None
+
+
+def first_start(path: str | Path) -> datetime | None:
+    """When the job of this output folder was started for the first time; None if that is not known there."""
+    place = open_place(path)
+    kept = place.read(f"{STATE}/{STARTED}")
+    if kept is None:
+        return None
+    try:
+        return datetime.fromisoformat(kept.decode().strip())
+    except ValueError as error:
+        raise OutputError(f"{place / STATE}/{STARTED}: is no time ({error}); remove it.") from error
 
 
 def next_part_number(folder: OutputFolder) -> int:
