@@ -63,6 +63,7 @@ def test_a_finished_output_holds_all_rows_and_says_so(tmp_path: Path) -> None:
         "job.yaml",
         "lock",
         "manifest.json",
+        "started",
     ]
     with open_folder(tmp_path) as again:
         assert again.finished and len(again.done) == 25
