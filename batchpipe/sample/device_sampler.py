@@ -60,10 +60,11 @@ class DeviceSampler:
         self._device = device
         self._sequences: dict[int, _DeviceSequence] = {}
         self._parameters = torch.zeros(5, max_sequences, dtype=torch.float32, device=device)
+        self._is_pinned = device.type == "cuda"
         self._slots = [
             _Slot(
-                torch.zeros(5, max_sequences, dtype=torch.float32, pin_memory=True),
-                torch.zeros(max_sequences, dtype=torch.int32, pin_memory=True),
+                torch.zeros(5, max_sequences, dtype=torch.float32, pin_memory=self._is_pinned),
+                torch.zeros(max_sequences, dtype=torch.int32, pin_memory=self._is_pinned),
             )
             for _ in range(_NUM_SLOTS)
         ]
@@ -87,7 +88,8 @@ class DeviceSampler:
             pending.slot.tokens[: len(sampling_ids)].copy_(tokens, non_blocking=True)
         if pending.host_rows:
             rows = torch.tensor(pending.host_rows, device=self._device)
-            pending.host_logits = torch.empty(len(rows), logits.shape[1], dtype=logits.dtype, pin_memory=True)
+            width, dtype = logits.shape[1], logits.dtype
+            pending.host_logits = torch.empty(len(rows), width, dtype=dtype, pin_memory=self._is_pinned)
             pending.host_logits.copy_(logits[rows], non_blocking=True)
         pending.done.record(torch.cuda.current_stream(self._device))
         return pending

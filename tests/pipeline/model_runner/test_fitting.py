@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batchpipe.attention.base import AttentionBackend
+from batchpipe.attention.base import AttentionBackend, AttentionInputs
 from batchpipe.attention.reference import ReferenceAttention
 from batchpipe.errors import MemoryLimitError
-from batchpipe.pipeline.model_runner.fitting import FittingRunner, parts_of
+from batchpipe.pipeline.model_runner.base import StagePart
+from batchpipe.pipeline.model_runner.fitting import FittingRunner, StepRoom, parts_of, room_beside_steps
 from batchpipe.types import Int32Array, Step, Transfers
 
 BACKEND = ReferenceAttention()
@@ -98,3 +101,57 @@ def test_with_two_tiers_the_error_names_the_key() -> None:
     transfers = Transfers(nothing, nothing - 1, nothing[:0], nothing[0, :0], nothing[0, :0], nothing[:0])
     with pytest.raises(MemoryLimitError, match="engine.max_step_tokens: a step of 30 tokens .* set it to 15 or less"):
         FittingRunner(SmallRunner(20), 64).run(step_of([(30, 0, True)], transfers), None, BACKEND, None, None)
+
+
+class CardWithRoomFor:
+    """A GPU's memory, and a model on it whose step takes a mebibyte a token."""
+
+    def __init__(self, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_tokens, self.peak_bytes, self.asked = num_tokens, 0, list[int]()
+        for name, stand_in in {
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda device: (num_tokens << 20, 64 << 30),
+            "reset_peak_memory_stats": lambda device: None,
+            "memory_allocated": lambda device: 0,
+            "max_memory_allocated": lambda device: self.peak_bytes,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def forward(self, inputs: AttentionInputs, source: Tensor, positions: Tensor, rows: Tensor | None) -> None:
+        assert len(source) == len(positions) and (rows is None or len(rows) <= 4)
+        self.asked.append(len(positions))
+        if len(positions) > self.num_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.peak_bytes = len(positions) << 20
+        query = torch.zeros(2, 3)
+        options: Any = None
+        assert inputs.backend.forward(inputs, 0, query, query, query, options).shape == query.shape
+
+
+def part_on(card: CardWithRoomFor, *, is_first: bool) -> StagePart:
+    model: Any = card
+    return StagePart(
+        model=model, first_layer=0, is_first=is_first, is_last=is_first, max_step_tokens=8192, max_batch_sequences=4
+    )
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_kv_gets_what_the_largest_step_leaves(is_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = CardWithRoomFor(20_000, monkeypatch)
+    room = room_beside_steps(part_on(card, is_first=is_first), 32, torch.float32, torch.device("cpu"))
+    assert room == StepRoom(8192, (20_000 - 8192 - 1024) << 20) and card.asked == [8192]
+
+
+def test_a_largest_step_that_does_not_fit_is_halved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = CardWithRoomFor(3000, monkeypatch)
+    room = room_beside_steps(part_on(card, is_first=True), 32, torch.float32, torch.device("cpu"))
+    assert room.max_tokens == 2048 and card.asked == [8192, 4096, 2048]
+    assert "larger ones are run in parts of 2048" in caplog.text
+
+
+def test_no_room_for_one_token_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = CardWithRoomFor(0, monkeypatch)
+    with pytest.raises(MemoryLimitError, match=r"engine\.num_stages: .* below 4"):
+        room_beside_steps(part_on(card, is_first=True), 32, torch.float32, torch.device("cpu"))
