@@ -1,11 +1,13 @@
 """Fused models against themselves unfused, with float32 as the judge of both."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from batchpipe.attention.reference import ReferenceAttention
 from batchpipe.attention.step_inputs import StepInputs
@@ -17,10 +19,38 @@ from batchpipe.model.load import StageModel, load_stage
 from batchpipe.native.build import load_kernels
 from tests.tiny_models import tiny_model
 
-pytestmark = pytest.mark.skipif(
-    load_kernels() is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 kernels here"
-)
+pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C kernels here")
 LENGTHS = np.array([9, 14], np.int32)
+
+
+class TorchProducts:
+    """oneDNN's products with what follows them, by torch, for processors that oneDNN has no bfloat16 for."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str, *_: object) -> Tensor:
+        activations: dict[str, Callable[[Tensor], Tensor]] = {
+            "none": lambda x: x,
+            "swish": functional.silu,
+            "gelu": lambda x: functional.gelu(x, approximate="tanh"),
+        }
+        return activations[name](_product(hidden, weight, bias)).bfloat16()
+
+    def binary(self, hidden: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+        product = _product(hidden, weight, bias)
+        return (product * other.float() if name == "mul" else product + other.float()).bfloat16()
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn = torch.ops.mkldnn
+    if onednn._is_mkldnn_bf16_supported():
+        return
+    monkeypatch.setattr(onednn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(onednn, "_reorder_linear_weight", lambda weight, rows: weight)
+    monkeypatch.setattr(onednn, "_linear_pointwise", TorchProducts())
 
 
 def load(folder: Path, dtype: torch.dtype) -> StageModel:
