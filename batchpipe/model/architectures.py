@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from batchpipe.errors import ModelError
@@ -82,6 +82,7 @@ _TELLTALES = {
     "attention_chunk_size": "chunked attention",
     "vision_config": "a vision part",
     "audio_config": "an audio part",
+    "audio_vocab_size": "an audio part",
     "alibi": "ALiBi position biases",
 }
 
@@ -89,7 +90,8 @@ _TELLTALES = {
 def check_supported(config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
     """Takes config.json; raises ModelError naming the architecture and what of it does not run.
 
-    With `trust_remote_code` a model that brings its own code passes: its structure is checked on loading.
+    A type of transformers that is not on the tested list passes, and so does a model that brings its own code with
+    `trust_remote_code`: `self_check` looks at these before they are loaded.
     """
     architecture = ", ".join(config.get("architectures") or ()) or "an unnamed architecture"
     name = f"{architecture} (model_type {config.get('model_type')!r})"
@@ -98,6 +100,8 @@ def check_supported(config: Mapping[str, Any], *, trust_remote_code: bool) -> No
     if config.get("model_type") in SUPPORTED:
         return
     if "auto_map" not in config:
+        if config.get("model_type") in _causal_language_models():
+            return
         raise ModelError(f"model.name: {name} is not supported. {_advice()}")
     if not trust_remote_code:
         raise ModelError(
@@ -116,6 +120,13 @@ def _obstacle(config: Mapping[str, Any]) -> str | None:
             return reason
     unknown = layer_types - _RUNNING_LAYER_TYPES
     return f"layers of type {', '.join(sorted(unknown))}" if unknown else None
+
+
+def _causal_language_models() -> Collection[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names: Collection[str] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return names
 
 
 def _advice() -> str:

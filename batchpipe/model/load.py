@@ -56,7 +56,9 @@ def load_stage(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
-        raise ModelError(f"model.name: {folder} cannot be loaded: {error}") from error
+        has_own_attention = error.args == (ATTENTION_NAME,)
+        said = "its code has attention of its own, which cannot be replaced" if has_own_attention else error
+        raise ModelError(f"model.name: {folder} cannot be loaded: {said}") from error
     _check_complete(folder, model, report)
     model = model.to(device).eval()
     if getattr(config, "sliding_window", None) or config.model_type not in SUPPORTED:

@@ -9,7 +9,8 @@ from functools import cached_property
 
 from batchpipe.errors import JobError
 from batchpipe.job import Job, Sampling
-from batchpipe.model.checkpoint import has_weights
+from batchpipe.model.architectures import SUPPORTED, check_supported
+from batchpipe.model.checkpoint import has_weights, read_json
 from batchpipe.model.describe import ModelInfo, describe_model
 from batchpipe.model.generation_config import with_tokenizers_end
 from batchpipe.model.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -136,9 +137,16 @@ def complete(opened: OpenedJob, *, needs_weights: bool = True, computes: bool = 
     """
     model, job = opened.model, opened.job
     trusted = job.model.trust_remote_code
+    config = read_json(model.folder / "config.json")
+    is_tested = config.get("model_type") in SUPPORTED
     # A model's own code may import torch; without weights torch makes the model; with a GPU torch was asked for it.
-    if not computes and not trusted and has_weights(model.folder) and opened.device == "cpu":
+    if not computes and not trusted and is_tested and has_weights(model.folder) and opened.device == "cpu":
         keep_torch_out()
+    if not is_tested:
+        check_supported(config, trust_remote_code=trusted)
+        from batchpipe.model.unlisted.self_check import check_unlisted  # needs torch
+
+        check_unlisted(model.folder, trust_remote_code=trusted)
     info = describe_model(
         model.folder,
         job.model.dtype,

@@ -192,7 +192,7 @@ def test_a_config_that_makes_no_sense(folder: Path, changes: dict[str, Any]) -> 
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "T5For.*an encoder"),
         ({"vision_config": {"hidden_size": 3}}, "a vision part"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "layers of type linear_attention"),
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*not supported.*llama"),
+        ({"architectures": ["OwnForCausalLM"], "model_type": "own"}, "OwnForCausalLM.*not supported.*llama"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "model.trust_remote_code to true"),
     ],
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from batchpipe.pipeline.channel import NUM_SLOTS, Payload, SharedMemoryChannel
+from batchpipe.pipeline.channel import NUM_SLOTS, HostedChannel, Payload, SharedMemoryChannel
 from batchpipe.pipeline.messages import Closed
 
 PAYLOAD = Payload(max_tokens=6, hidden_size=4, dtype=torch.bfloat16)
@@ -77,3 +77,24 @@ def test_the_sender_is_told_that_the_receiver_is_gone(ends: Ends) -> None:
     ends.receiving_bell.close()
     with pytest.raises(Closed):
         ends.sender.send(torch.ones(1, 4, dtype=torch.bfloat16))
+
+
+def test_between_gpus_a_payload_goes_by_way_of_pinned_memory_that_is_free_at_once(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
+            pinned.append(num_bytes)
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    sender, receiver = (HostedChannel(end, PAYLOAD, "cpu") for end in (ends.sender, ends.receiver))
+    assert pinned == 2 * [NUM_SLOTS * PAYLOAD.nbytes]
+    for i in range(3 * NUM_SLOTS):  # a receiver that held its slot would leave the sender none
+        hidden = torch.full((1 + i % 6, 4), i, dtype=torch.bfloat16)
+        sender.send(hidden)
+        arrived = receiver.receive(len(hidden))
+        receiver.release()
+        assert torch.equal(arrived, hidden)
