@@ -26,8 +26,8 @@ from batchpipe.attention.choose import choose_backend
 from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.describe import describe_model
-from batchpipe.model.fuse import fuse
 from batchpipe.model.fused.cpu_modules import PackedLinear
+from batchpipe.model.fused.fuse import fuse
 from batchpipe.model.load import StageModel, load_stage
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from batchpipe.cost.model_shape import ModelShape
-from batchpipe.errors import ModelError
 from batchpipe.kv.layout import ITEM_BYTES
 from batchpipe.model.architectures import check_supported
 from batchpipe.model.checkpoint import (
@@ -22,6 +21,7 @@ from batchpipe.model.checkpoint import (
 )
 from batchpipe.model.context import max_context_tokens
 from batchpipe.model.generation_config import end_token_ids
+from batchpipe.model.text_part import is_multimodal, is_text_tensor, load_config, text_settings
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -81,10 +81,13 @@ def describe_model(
     Raises ModelError where the folder is incomplete, damaged, or holds a model that cannot run.
     """
     check_is_plain_model(folder)
-    check_supported(read_json(folder / "config.json"), trust_remote_code=trust_remote_code)
-    config = _load_config(folder, trust_remote_code)
+    stored_config = read_json(folder / "config.json")
+    check_supported(text_settings(stored_config), trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     if needs_weights or has_weights(folder):
         shapes = unpacked_shapes(read_tensors(folder))
+        if is_multimodal(stored_config):
+            shapes = {name: shape for name, shape in shapes.items() if is_text_tensor(name)}
     else:
         from batchpipe.model.from_config import tensor_shapes
 
@@ -110,15 +113,6 @@ def describe_model(
         layer_weight_bytes=tuple(elements * item_bytes for elements in layer_elements),
         other_weight_bytes=other_elements * item_bytes,
     )
-
-
-def _load_config(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # each model's own checks, and its own code's, raise what they like
-        raise ModelError(f"model.name: {folder / 'config.json'} is not understood: {error}") from error
 
 
 def _count_elements(shapes: dict[str, tuple[int, ...]], config: Any) -> tuple[list[int], list[float], int]:

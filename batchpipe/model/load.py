@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from batchpipe.attention.base import AttentionInputs, AttentionOptions
 from batchpipe.errors import ModelError
 from batchpipe.model.architectures import SUPPORTED
+from batchpipe.model.checkpoint import read_json
 from batchpipe.model.mask_window import MaskProbe, marked_masks, probe_inputs
 from batchpipe.model.quiet import quiet_transformers
+from batchpipe.model.text_part import TEXT_NAMES, is_multimodal, load_config
 
 ATTENTION_NAME = "batchpipe"
 
@@ -42,7 +44,7 @@ def load_stage(
     missing or of another shape, or the model's structure is not that of a plain decoder.
     """
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = load_config(folder, trust_remote_code=trust_remote_code)
         model_class = _stage_class(folder, config, layers, is_first, is_last, trust_remote_code)
         with quiet_transformers():
             model, report = model_class.from_pretrained(
@@ -54,6 +56,7 @@ def load_stage(
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # reported below, and better
                 output_loading_info=True,
+                key_mapping=TEXT_NAMES if is_multimodal(read_json(folder / "config.json")) else None,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         has_own_attention = error.args == (ATTENTION_NAME,)

@@ -14,7 +14,7 @@ from batchpipe.attention.choose import choose_backend
 from batchpipe.errors import MemoryLimitError
 from batchpipe.kv.layout import KvLayout
 from batchpipe.kv.pool import KvPool
-from batchpipe.model.fuse import fuse
+from batchpipe.model.fused.fuse import fuse
 from batchpipe.model.load import load_stage
 from batchpipe.pipeline.device_names import device_name
 from batchpipe.pipeline.memory import free_bytes

@@ -13,6 +13,7 @@ from batchpipe.model.architectures import SUPPORTED, check_supported
 from batchpipe.model.checkpoint import has_weights, read_json
 from batchpipe.model.describe import ModelInfo, describe_model
 from batchpipe.model.generation_config import with_tokenizers_end
+from batchpipe.model.text_part import text_settings
 from batchpipe.model.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from batchpipe.model.without_torch import keep_torch_out
 from batchpipe.placement.machine import this_machine
@@ -137,7 +138,7 @@ def complete(opened: OpenedJob, *, needs_weights: bool = True, computes: bool = 
     """
     model, job = opened.model, opened.job
     trusted = job.model.trust_remote_code
-    config = read_json(model.folder / "config.json")
+    config = text_settings(read_json(model.folder / "config.json"))
     is_tested = config.get("model_type") in SUPPORTED
     # A model's own code may import torch; without weights torch makes the model; with a GPU torch was asked for it.
     if not computes and not trusted and is_tested and has_weights(model.folder) and opened.device == "cpu":

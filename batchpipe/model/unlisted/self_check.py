@@ -6,7 +6,6 @@ in place of the model's own, compute the same is a matter of its code and its se
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -20,9 +19,11 @@ from batchpipe.attention.reference import ReferenceAttention
 from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.errors import ModelError
 from batchpipe.kv.pool import KvPool
+from batchpipe.model.checkpoint import read_json
 from batchpipe.model.describe import describe_model
 from batchpipe.model.load import load_stage
 from batchpipe.model.quiet import quiet_transformers
+from batchpipe.model.text_part import text_settings
 from batchpipe.model.unlisted.twin import VOCABULARY_SIZE, save_twin
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _MOST_SAID = 400  # characters of a library's error
 
 def check_unlisted(folder: Path, *, trust_remote_code: bool) -> None:
     """For a type that is not on the tested list. Raises ModelError where stages compute something else."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = text_settings(read_json(folder / "config.json")).get("model_type")
     with tempfile.TemporaryDirectory() as name:
         try:
             save_twin(folder, Path(name), trust_remote_code=trust_remote_code)

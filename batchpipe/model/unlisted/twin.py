@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from batchpipe.errors import ModelError
 from batchpipe.model.quiet import quiet_transformers
+from batchpipe.model.text_part import load_config
 
 VOCABULARY_SIZE = 512
 WINDOW_TOKENS = 8
@@ -68,7 +69,7 @@ def save_twin(folder: Path, into: Path, *, trust_remote_code: bool) -> None:
 
     Raises ModelError where it cannot be made small, and what transformers raises of settings that do not go together.
     """
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "num_hidden_layers", None) is None:
         raise ModelError("model.name: its configuration has no number of layers")
     # Some types have another name for it in their files.

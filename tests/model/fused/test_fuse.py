@@ -13,8 +13,8 @@ from batchpipe.attention.reference import ReferenceAttention
 from batchpipe.attention.step_inputs import StepInputs
 from batchpipe.kv.pool import KvPool
 from batchpipe.model.describe import describe_model
-from batchpipe.model.fuse import fuse
 from batchpipe.model.fused.cpu_modules import FusedAttention, FusedLayer, FusedMlp, FusedRmsNorm, PackedLinear
+from batchpipe.model.fused.fuse import fuse
 from batchpipe.model.load import StageModel, load_stage
 from batchpipe.native.build import load_kernels
 from tests.tiny_models import tiny_model
