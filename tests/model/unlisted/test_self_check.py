@@ -93,3 +93,38 @@ def test_a_twin_has_every_kind_of_layer_and_is_small(tmp_path: Path) -> None:
     save_twin(tiny_model("gemma2"), tmp_path, trust_remote_code=False)
     assert AutoConfig.from_pretrained(tmp_path).vocab_size == 512
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnMlp(LlamaMLP):
+    def forward(self, hidden):
+        return super().forward(hidden) SOMETHING
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = OwnMlp(config)
+"""
+
+
+@pytest.mark.parametrize(("something", "is_equal"), [("", True), ("+ hidden.mean(1, keepdim=True)", False)])
+def test_code_that_comes_with_a_model_is_tried_as_well(something: str, is_equal: bool, tmp_path: Path) -> None:
+    """The second one mixes tokens outside of attention, and so sequences that share a step."""
+    module = f"own_{is_equal}".lower()
+    (tmp_path / f"{module}.py").write_text(OWN_CODE.replace("SOMETHING", something))
+    auto_map = {"AutoConfig": f"{module}.OwnConfig", "AutoModelForCausalLM": f"{module}.OwnForCausalLM"}
+    config = SHARED | {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if is_equal:
+        check_unlisted(tmp_path, trust_remote_code=True)
+    else:
+        with pytest.raises(ModelError, match="'own' is not on the tested list, .* other logits in stages"):
+            check_unlisted(tmp_path, trust_remote_code=True)
