@@ -32,6 +32,7 @@ from batchpipe.job.sampling import Sampling
 from batchpipe.job.spec import EngineSpec
 from batchpipe.model.architectures import SUPPORTED, check_supported
 from batchpipe.model.describe import describe_model
+from batchpipe.model.text_part import text_settings
 from batchpipe.model.unlisted.self_check import check_unlisted
 from batchpipe.model.unlisted.twin import VOCABULARY_SIZE, save_twin
 from batchpipe.pipeline.local import LocalPipeline
@@ -106,21 +107,23 @@ def outcome_of(model_type: str) -> tuple[str, str]:
     """Equal, refused, differs or crash, and what was said."""
     with tempfile.TemporaryDirectory() as name:
         folder, twin = Path(name, "config"), Path(name, "model")
-        config = write_config(model_type, folder)
+        config = text_settings(write_config(model_type, folder))
         try:
             check_supported(config, trust_remote_code=False)
-            if model_type not in SUPPORTED:
+            if config["model_type"] not in SUPPORTED:
                 check_unlisted(folder, trust_remote_code=False)
             save_twin(folder, twin, trust_remote_code=False)
             expected = transformers_tokens(twin)
             found = [engine_tokens(twin, num_stages) for num_stages in (1, 2)]
         except ModelError as error:
-            return "refused", in_one_line(error)
+            return "refused", in_one_line(error).replace(name, "")
         except Exception as error:  # of any type's own code: the row of the table says so
             return "crash", f"{type(error).__name__}: {in_one_line(error)}"
     if any(tokens != expected for tokens in found):
         return "differs", ""
-    return "equal", "" if model_type in SUPPORTED else "by the check before loading"
+    if config["model_type"] == model_type:
+        return "equal", "" if model_type in SUPPORTED else "by the check before loading"
+    return "equal", f"its language model, as {config['model_type']}"
 
 
 def in_one_line(error: Exception) -> str:
